@@ -1,0 +1,155 @@
+"""The folder of a distilled set: images as a parquet file, and files of which one whole version is always there.
+
+A save writes the data under names that hold their hash, then replaces the manifest, then deletes what only the old
+manifest named. So whoever reads, and whenever a save is interrupted, finds the old version or the new.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stillroom.errors import StillroomError
+from stillroom.files import read_bytes, remove_if_there, sha256_bytes, write_atomic
+from stillroom.manifest import CARD_ROLES, MANIFEST_NAME, FileFacts, Manifest, encode_manifest
+
+ROWS_AT_ONCE = 1000  # of a parquet row group: arrow's binary columns end at 2 GiB
+OWN_DATA_FILE = re.compile(r"(images|compensators|labels)-[0-9a-f]{12}\.(parquet|safetensors)")
+OWN_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8}\.tmp|[0-9a-f]{12}\.staged)")
+
+
+def write_version(folder: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> None:
+    """Make `folder` hold the version that `manifest`, with `contents` by role for its `files`, describes.
+
+    Raises StillroomError where the folder holds other things or cannot be written; the version before is whole then.
+    """
+    _refuse_foreign_folder(folder)
+    for role, facts in manifest.files.items():
+        # The card cannot carry its hash in its name; a copy that does bridges the moment when manifest and card differ.
+        name = _staged_name(facts) if role in CARD_ROLES else facts.name
+        write_atomic(folder / name, contents[role])
+    write_atomic(folder / MANIFEST_NAME, encode_manifest(manifest))
+    for role in CARD_ROLES:
+        write_atomic(folder / manifest.files[role].name, contents[role])
+    current = {facts.name for facts in manifest.files.values()}
+    for entry in folder.iterdir():
+        if entry.name not in current and _is_own(entry.name):
+            remove_if_there(entry)
+
+
+def read_part(folder: Path, role: str, facts: FileFacts) -> bytes:
+    """The bytes of one file of the set. Raises StillroomError that names it where it is missing, linked or changed."""
+    names = [facts.name, _staged_name(facts)] if role in CARD_ROLES else [facts.name]
+    problems = []
+    for path in (folder / name for name in names):
+        if path.is_symlink():  # it could change, or lead out of the folder, behind the manifest's back
+            problems.append(f"{path} is a symbolic link, not a file of this set: put a copy in its place.")
+        elif not path.is_file():
+            problems.append(f"{path} is missing, but the manifest names it: restore it or save the set again.")
+        elif path.stat().st_size != facts.bytes:  # looked at before reading, which may not fit in memory
+            size = path.stat().st_size
+            problems.append(
+                f"{path} has {size:,} bytes, but the manifest says {facts.bytes:,}: restore it or save again."
+            )
+        else:
+            content = read_bytes(path)
+            if sha256_bytes(content) == facts.sha256:
+                return content
+            problems.append(f"{path} was changed after it was written: restore it or save the set again.")
+    hint = " If you edited the card, load the set with ignore_card=True." if role in CARD_ROLES else ""
+    raise StillroomError(problems[0] + hint)
+
+
+def encode_images(images: Tensor, labels: Tensor, slots: Tensor, class_names: Sequence[str]) -> bytes:
+    """A parquet file of PNG images (uint8 [n, 3, height, width]) with label and slot (int64 [n]).
+
+    Its schema carries the features that Hugging Face `datasets` looks for, so that class names show there.
+    """
+    features = {
+        "image": {"_type": "Image"},
+        "label": {"names": list(class_names), "_type": "ClassLabel"},
+        "slot": {"dtype": "int64", "_type": "Value"},
+    }
+    image_type = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
+    schema = pa.schema(
+        [pa.field("image", image_type), pa.field("label", pa.int64()), pa.field("slot", pa.int64())],
+        metadata={"huggingface": json.dumps({"info": {"features": features}})},
+    )
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+        for rows in torch.arange(len(images)).split(ROWS_AT_ONCE):
+            chunk = slice(int(rows[0]), int(rows[-1]) + 1)
+            encoded = [{"bytes": _png(image), "path": None} for image in images[chunk].cpu()]
+            columns = [
+                pa.array(encoded, image_type),
+                pa.array(labels[chunk].tolist(), pa.int64()),
+                pa.array(slots[chunk].tolist(), pa.int64()),
+            ]
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+    return bytes(sink.getvalue())
+
+
+def decode_images(content: bytes, facts: FileFacts, size: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, labels and slots of encode_images, at `size` (height, width).
+
+    Raises ValueError, or whatever the parsers raise, for a file that is not as `facts` say.
+    """
+    height, width = size
+    file = pq.ParquetFile(pa.BufferReader(content))
+    rows = file.metadata.num_rows
+    if rows != facts.entries or facts.raw_bytes != rows * 3 * height * width:  # asked before memory is taken
+        raise ValueError(f"{rows} images of {height} x {width} pixels, not {facts.entries} in {facts.raw_bytes} bytes")
+    images = torch.empty(rows, 3, height, width, dtype=torch.uint8)
+    labels: list[int] = []
+    slots: list[int] = []
+    for batch in file.iter_batches(ROWS_AT_ONCE, columns=["image", "label", "slot"]):
+        start = len(labels)
+        labels += batch.column("label").to_pylist()
+        slots += batch.column("slot").to_pylist()
+        for index, png in enumerate(batch.column("image").field("bytes").to_pylist(), start):
+            with Image.open(io.BytesIO(png), formats=["PNG"]) as picture:
+                if picture.size != (width, height) or picture.mode != "RGB":
+                    raise ValueError(f"image {index} is {picture.mode} of (width, height) {picture.size}")
+                images[index] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return images, torch.tensor(labels, dtype=torch.int64), torch.tensor(slots, dtype=torch.int64)
+
+
+def _png(image: Tensor) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(to_pixels(image)).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _staged_name(facts: FileFacts) -> str:
+    return f".{facts.name}.{facts.sha256[:12]}.staged"
+
+
+def _refuse_foreign_folder(folder: Path) -> None:
+    """Keep a save from replacing the README.md of a folder that is not a distilled set."""
+    if not folder.is_dir() or (folder / MANIFEST_NAME).exists():
+        return
+    for entry in folder.iterdir():
+        if not _is_own(entry.name):
+            raise StillroomError(
+                f"{folder} holds {entry.name!r} and no distilled set: choose an empty or a new folder to save to."
+            )
+
+
+def _is_own(name: str) -> bool:
+    return OWN_DATA_FILE.fullmatch(name) is not None or OWN_TEMPORARY.fullmatch(name) is not None
+
+
+def to_pixels(image: Tensor) -> np.ndarray[Any, Any]:
+    """uint8 [height, width, 3], as PIL wants it, of a uint8 image [3, height, width]."""
+    return image.permute(1, 2, 0).contiguous().numpy()

@@ -1,0 +1,164 @@
+"""What a distilled set shows of itself: its byte budget, its dataset card (README.md) and its contact sheet."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stillroom.manifest import Manifest
+
+PARTS = ("images", "compensators", "labels")
+SHEET_CELLS = 10  # rows of naturals, and columns, at most
+SHEET_SIDE = 64  # pixels of a cell, about
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes of a distilled set beside those of the real one. `raw` and `stored` map images, compensators and labels.
+
+    Raw: pixels, compensators as stored and label logits, against the real set's uint8 pixels. Stored: file sizes
+    against file sizes (class indices lie in the images' file). The card and the manifest count on neither side.
+    """
+
+    raw: dict[str, int]
+    stored: dict[str, int]
+    real_raw_bytes: int
+    real_stored_bytes: int
+    paper_ratio: float
+
+    @property
+    def raw_ratio(self) -> float:
+        """Raw bytes over the real set's raw bytes."""
+        return sum(self.raw.values()) / self.real_raw_bytes
+
+    @property
+    def stored_ratio(self) -> float:
+        """Stored bytes over the real set's stored bytes."""
+        return sum(self.stored.values()) / self.real_stored_bytes
+
+
+def budget_of(manifest: Manifest) -> Budget:
+    """Count the bytes that a manifest with its `files` filled lists.
+
+    `paper_ratio` is the convention of the INFER paper's tables: images and compensators over the number of real images,
+    plus the labels' bytes over the bytes of the stored real set. It mixes units; the two ratios by bytes do not.
+    """
+    files = manifest.files
+    raw = {part: files[part].raw_bytes if part in files else 0 for part in PARTS}
+    stored = {part: files[part].bytes if part in files else 0 for part in PARTS}
+    pictures = sum(files[part].entries for part in ("images", "compensators") if part in files)
+    real = manifest.dataset
+    paper_ratio = pictures / real.images + raw["labels"] / real.stored_bytes
+    return Budget(raw, stored, real.raw_bytes, real.stored_bytes, paper_ratio)
+
+
+def build_card(manifest: Manifest) -> bytes:
+    """README.md of the set that `manifest`, its `files` filled, describes; the front matter is read by dataset hubs."""
+    budget, files = budget_of(manifest), manifest.files
+    front = {
+        "pretty_name": f"{manifest.dataset.name} distilled by {manifest.method}",
+        "task_categories": ["image-classification"],
+        "tags": ["dataset-distillation", "stillroom"],
+        # By name, not by pattern: while a save is under way two versions of the images lie side by side.
+        "configs": [
+            {"config_name": "default", "data_files": [{"split": "train", "path": files["images"].name}]},
+        ],
+    }
+    height, width = manifest.image_size
+    views = manifest.views
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),  # JSON is YAML, and needs no escaping rules
+        "---",
+        "",
+        f"# {manifest.dataset.name}, distilled",
+        "",
+        f"{files['images'].entries} images of {width} x {height} pixels in {len(manifest.class_names)} classes, "
+        f"distilled from {manifest.dataset.images:,} images of {manifest.dataset.name} by {manifest.method} at "
+        f"{manifest.ipc} images per class. Made with stillroom.",
+        "",
+        "![contact sheet](contact_sheet.png)",
+        "",
+        "Images, one class per row; below them the compensators, one teacher per row, contrast stretched.",
+        "",
+        "## Train on it",
+        "",
+        "```python",
+        "from torch.utils.data import DataLoader",
+        "from stillroom.distilled import load_distilled",
+        "",
+        'for image, soft_label in DataLoader(load_distilled(".").views(), batch_size=64, shuffle=True):',
+        "    ...  # image float32 [64, 3, height, width], normalised; soft_label float32 [64, classes], sums to one",
+        "```",
+        "",
+        "## What lies here",
+        "",
+        f"- `{files['images'].name}`: image, label, slot",
+    ]
+    if "compensators" in files:
+        lines.append(
+            f"- `{files['compensators'].name}`: tensor `compensators` [teachers, slots, 3, height, width], to be added "
+            "to image / 255 (8-bit codes first times `scale`)"
+        )
+    if "labels" in files:
+        lines.append(f"- `{files['labels'].name}`: tensor `logits` [views, classes], one row per view")
+    lines += [
+        "- `manifest.json`: recipe, class names in label order, normalization, teachers, seeds, versions, hashes",
+        "",
+        "Views stand in this order: "
+        + ("the images as they are, then " if views.naturals_as_views else "")
+        + "for each teacher every image + that teacher's compensator of the image's slot"
+        + (", clipped to [0, 1]" if views.clip else "")
+        + (", each passed through 8 bits and JPEG of quality 75" if views.view_encoding == "jpeg75" else "")
+        + f". Labels are {manifest.label_kind}.",
+        "",
+        "## Bytes",
+        "",
+        "| part | raw | stored |",
+        "| --- | ---: | ---: |",
+        *(f"| {part} | {budget.raw[part]:,} | {budget.stored[part]:,} |" for part in PARTS),
+        f"| sum | {sum(budget.raw.values()):,} | {sum(budget.stored.values()):,} |",
+        f"| real set | {budget.real_raw_bytes:,} | {budget.real_stored_bytes:,} |",
+        f"| ratio | {budget.raw_ratio:.2%} | {budget.stored_ratio:.2%} |",
+        "",
+        f"By the paper's convention (image count, plus label bytes): {budget.paper_ratio:.2%}.",
+    ]
+    if manifest.teachers:
+        lines += ["", "## Teachers", "", "| network | top-1 on the real test split |", "| --- | ---: |"]
+        lines += [f"| {teacher.name} | {teacher.accuracy:.2f} % |" for teacher in manifest.teachers]
+    return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
+
+
+def build_contact_sheet(images: Tensor, labels: Tensor, compensators: Tensor | None) -> bytes:
+    """A PNG of at most 10 x 10 images, one class per row, and below it one row of compensators per teacher.
+
+    images uint8 [n, 3, height, width], labels int64 [n], compensators float32 [teachers, slots, 3, height, width] or
+    None; these are drawn around mid-gray, each stretched to the full range.
+    """
+    height, width = images.shape[-2:]
+    rows = [images[labels == label][:SHEET_CELLS] for label in labels.unique()[:SHEET_CELLS]]
+    for of_teacher in compensators if compensators is not None else ():
+        shown = of_teacher[:SHEET_CELLS].cpu()
+        largest = shown.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        rows.append((127.5 + 127.5 * shown / largest).round().to(torch.uint8))
+    columns = max(len(row) for row in rows)
+    sheet = torch.full((3, len(rows), height, columns, width), 255, dtype=torch.uint8)
+    for index, row in enumerate(rows):
+        sheet[:, index, :, : len(row)] = row.cpu().permute(1, 2, 0, 3)
+    pixels = sheet.reshape(3, len(rows) * height, columns * width).permute(1, 2, 0).contiguous().numpy()
+    return _png(pixels, SHEET_SIDE / max(height, width))
+
+
+def _png(pixels: np.ndarray, scale: float) -> bytes:
+    image = Image.fromarray(pixels)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    image = image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,179 @@
+"""How tensors are computed: device, precision, memory format, compilation, and where randomness comes from.
+
+The *numerical plan* is resolved once per run, stored in it, and reused on resume and by every worker: the same plan,
+library versions and kind of processor give the same bits. Another plan gives the same result within rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from stillroom.errors import StillroomError
+
+# Changes whenever a draw is derived differently, so that cached work of another scheme is never mistaken for ours.
+SEED_SCHEME = 1
+
+# Where compiling a training or recovery step pays for itself, in steps: measured by benchmarks/compensator_step.py
+# (compilation takes 10 to 60 seconds per network on two cores and saves 0.05 to 0.5 seconds a step).
+COMPILE_FROM_STEPS = 300
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def derive_seed(seed: int, *path: str | int) -> int:
+    """Return a 63-bit seed from `seed` and the names of a piece of work, whatever the order, process or machine."""
+    text = "/".join([f"stillroom-{SEED_SCHEME}", str(seed), *map(str, path)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def build_generator(seed: int, *path: str | int) -> torch.Generator:
+    """Return a CPU generator for one piece of work, e.g. ``build_generator(0, "student", "crop", step)``."""
+    return torch.Generator().manual_seed(derive_seed(seed, *path))
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """What the user asks of the machine; `resolve_plan` turns it into the numerical plan of a run."""
+
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the processor has it
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: where the number of steps repays the compilation
+    threads: int | None = None  # CPU threads; None: all cores that this process may use
+    pack_slots: int | None = None  # slots of one teacher optimised in one step; None: chosen for the device
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numerical plan: everything that decides the bits beside the settings and the seeds."""
+
+    device: str
+    precision: Literal["float32", "bfloat16"]
+    compile: Literal["auto", "on", "off"]
+    threads: int
+    channels_last: bool
+    pack_slots: int
+    processor: str
+    torch_version: str
+    seed_scheme: int
+
+    def activate(self) -> None:
+        """Set the process-wide switches that the plan implies (threads, deterministic kernels, TensorFloat-32)."""
+        torch.set_num_threads(self.threads)
+        if self.device.startswith("cuda"):
+            # Kernel selection by timing would make the bits depend on the moment; deterministic kernels do not.
+            torch.backends.cudnn.benchmark = False
+            torch.backends.cudnn.deterministic = True
+            torch.set_float32_matmul_precision("highest" if self.precision == "float32" else "high")
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Return `model` moved to the plan's device and memory format."""
+        return model.to(self.device).to(memory_format=self.memory_format)  # type: ignore[call-overload]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which networks run; outside it everything is float32."""
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    def compiled(self, function: Function, steps: int) -> Function:
+        """Return `function` compiled where that pays within `steps` calls (or is asked for), else unchanged."""
+        if self.compile == "off" or (self.compile == "auto" and steps < COMPILE_FROM_STEPS):
+            return function
+        # Static shapes: one piece of work always sees one shape, and dynamic kernels are slower.
+        return torch.compile(function, dynamic=False)  # type: ignore[return-value]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def resolve_plan(config: ComputeConfig, notify: Callable[[str], None] = lambda message: None) -> Plan:
+    """Resolve `config` on this machine; `notify` gets one line where something asked for cannot be had.
+
+    Raises StillroomError for a device that is not here and for a thread count below 1.
+    """
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = device.split(":")[0]
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(kind, False):
+        here = ", ".join(name for name, there in available.items() if there)
+        raise StillroomError(
+            f"compute.device is {config.device!r}, which this machine does not have; use one of: {here}"
+        )
+    if config.threads is not None and config.threads < 1:
+        raise StillroomError(f"compute.threads is {config.threads}; give 1 or more, or leave it out for all cores")
+    if config.pack_slots is not None and config.pack_slots < 1:
+        raise StillroomError(f"compute.pack_slots is {config.pack_slots}; give 1 or more, or leave it out")
+    compile_mode = config.compile
+    if compile_mode != "off" and (missing := _missing_for_compile(kind)):
+        notify(f"running without torch.compile: {missing}")
+        compile_mode = "off"
+    precision = config.precision if config.precision != "auto" else ("bfloat16" if _fast_bfloat16(kind) else "float32")
+    return Plan(
+        device=device,
+        precision=precision,
+        compile=compile_mode,
+        threads=config.threads or _usable_cores(),
+        channels_last=kind != "mps",
+        # A large GPU starves on a batch of 100; two cores are busy with it.
+        pack_slots=config.pack_slots or (16 if kind == "cuda" else 1),
+        processor=torch.cuda.get_device_name(device) if kind == "cuda" else _processor(),
+        torch_version=torch.__version__,
+        seed_scheme=SEED_SCHEME,
+    )
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _fast_bfloat16(kind: str) -> bool:
+    """Whether bfloat16 matrix work is done by the hardware: any recent GPU, AVX512-bf16 or AMX processors."""
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return kind == "cpu" and bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())
+    except OSError:  # not Linux: nothing is claimed
+        return set()
+
+
+def _processor() -> str:
+    """Name the instruction set rather than the model: it is what decides which kernels run."""
+    flags = _cpu_flags()
+    known = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
+    return " ".join([platform.machine(), *known])
+
+
+def _missing_for_compile(kind: str) -> str | None:
+    """Return what torch.compile lacks here, or None."""
+    if sys.platform == "win32":
+        return None if shutil.which("cl") else "no C++ compiler (cl) was found"
+    compiler = os.environ.get("CXX") or "g++"
+    if not any(shutil.which(name) for name in (compiler, "g++", "clang++")):
+        return "no C++ compiler (g++ or clang++) was found"
+    if kind == "mps":
+        return "it is not used on mps"
+    return None

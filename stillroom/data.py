@@ -1,0 +1,412 @@
+"""Real datasets: what is known of the named ones, and one front door that turns files, folders, parquet and npz into
+a `RealData`: two splits of square uint8 colour images with labels 0 ... C-1.
+
+    load_real(DataConfig("digits"))                                  # scikit-learn's, needs no download
+    load_real(DataConfig("cifar100", root="data"))                   # data/cifar100.npz, or parquet, or pickles
+    load_real(DataConfig("photos/", image_size=64, resize="crop"))   # photos/train/<class>/*, photos/test/<class>/*
+    load_real(DataConfig("owner/name"))                              # parquet on the Hugging Face Hub
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from stillroom import readers
+from stillroom.errors import StillroomError, suggest
+from stillroom.images import Images, LazyImages, MemoryImages, Resize, Triple, first_size, load_images, mean_and_std
+from stillroom.readers import ArrayImages, Source
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which real dataset, and how it is read."""
+
+    source: str = "digits"
+    """A name (digits, cifar10, cifar100, tiny-imagenet, imagenet), a path, or a Hub id "owner/name". A name wins over a
+    path of the same spelling; "./digits" is the path."""
+    root: str = "data"
+    """Folder where named datasets are looked for: <name>.npz, <name>/ (parquet or class folders) or torchvision's."""
+    image_size: int | None = None
+    """Side of the images in pixels. None: the named dataset's, or else the short side of the first training image."""
+    resize: Resize = "refuse"
+    """Images that are not squares of that side: refuse, squash to it, or crop (the centre square, resized). Both
+    resize bilinearly, antialiased."""
+    image_column: str | None = None
+    """Parquet column of the images. None: found by its type, and by the names img and image."""
+    label_column: str | None = None
+    """Parquet column of the labels. None: label, labels or fine_label."""
+    skip_bad_images: bool = False
+    """Leave out images that cannot be read, and count them, rather than stop."""
+    download: bool = False
+    """Download cifar10 or cifar100 into `root` when it is not there."""
+    train_per_class: int | None = None
+    """Use only the first N training images of each class (all, where a class has fewer)."""
+    holdout_per_class: int = 0
+    """Above 0: the last N training images of each class leave training and replace the test split, which is not read.
+    For tuning, which must never see the test split."""
+    memory_limit_gib: float = 4.0
+    """A split that needs more than this as uint8 pixels is decoded batch by batch; 0 decodes everything so."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a named dataset. `mean` and `std` are of training pixels in [0, 1]; None: computed. `flip`:
+    whether a mirrored image keeps its label. `folder`: where its original layout lies below the root. `class_names`
+    None: its files name them."""
+
+    classes: int
+    image_size: int
+    mean: Triple | None
+    std: Triple | None
+    flip: bool
+    test_split: str
+    folder: str | None
+    class_names: tuple[str, ...] | None = None
+    label_column: str = "label"
+
+
+DIGITS = tuple("0123456789")
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# fmt: off
+CIFAR100 = (
+    "apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle", "bowl", "boy",
+    "bridge", "bus", "butterfly", "camel", "can", "castle", "caterpillar", "cattle", "chair", "chimpanzee", "clock",
+    "cloud", "cockroach", "couch", "crab", "crocodile", "cup", "dinosaur", "dolphin", "elephant", "flatfish", "forest",
+    "fox", "girl", "hamster", "house", "kangaroo", "keyboard", "lamp", "lawn_mower", "leopard", "lion", "lizard",
+    "lobster", "man", "maple_tree", "motorcycle", "mountain", "mouse", "mushroom", "oak_tree", "orange", "orchid",
+    "otter", "palm_tree", "pear", "pickup_truck", "pine_tree", "plain", "plate", "poppy", "porcupine", "possum",
+    "rabbit", "raccoon", "ray", "road", "rocket", "rose", "sea", "seal", "shark", "shrew", "skunk", "skyscraper",
+    "snail", "snake", "spider", "squirrel", "streetcar", "sunflower", "sweet_pepper", "table", "tank", "telephone",
+    "television", "tiger", "tractor", "train", "trout", "tulip", "turtle", "wardrobe", "whale", "willow_tree", "wolf",
+    "woman", "worm",
+)
+# fmt: on
+
+# CIFAR and Tiny-ImageNet have the constants of INFER's published scripts. CIFAR-10's deviations there are the customary
+# ones, not those of its pixels (0.247 0.243 0.262). ImageNet's labels are its class folders, sorted.
+# fmt: off
+FACTS: dict[str, Facts] = {
+    #                      classes size mean                      std                       flip   test    folder
+    "digits":        Facts(  10,   32, None,                     None,                     False, "test", None, DIGITS),
+    "cifar10":       Facts(  10,   32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), True,  "test",
+                           "cifar-10-batches-py", CIFAR10),
+    "cifar100":      Facts( 100,   32, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), True,  "test",
+                           "cifar-100-python", CIFAR100, label_column="fine_label"),
+    "tiny-imagenet": Facts( 200,   64, (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262), True,  "val",
+                           "tiny-imagenet-200"),
+    "imagenet":      Facts(1000,  224, (0.485,  0.456,  0.406),  (0.229,  0.224,  0.225),  True,  "val",
+                           "ILSVRC2012"),
+}
+# fmt: on
+
+
+@dataclass(frozen=True, eq=False)
+class RealData:
+    """A real dataset, ready for use: `classes` labels, two splits of uint8 [n, 3, image_size, image_size].
+
+    `mean` and `std` are of pixels in [0, 1]: the named dataset's customary constants, or else computed over the
+    training split in float64 (a constant channel gets std 1). `flip`: whether a horizontal flip keeps the label.
+    `raw_bytes`: training images x native channels (1 if the first is gray, else 3) x height x width, as used or, for
+    arrays that were enlarged, as stored. `stored_bytes`: what the training images occupy at the source: file sizes,
+    array bytes, or the compressed bytes of a parquet column.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Images
+    test: Images
+    mean: Triple
+    std: Triple
+    image_size: int
+    flip: bool
+    skipped_images: int
+    raw_bytes: int
+    stored_bytes: int
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256, hexadecimal, of class names and of both splits: labels and pixels where they are in memory; labels,
+        image size, resize rule, file names and file sizes where they are read lazily (so the two kinds differ)."""
+        digest = hashlib.sha256(json.dumps(self.class_names).encode())
+        for images in (self.train, self.test):
+            digest.update(images.labels.numpy().tobytes())
+            if isinstance(images, MemoryImages):
+                digest.update(json.dumps(list(images.images.shape)).encode())
+                digest.update(images.images.cpu().contiguous().numpy().data)
+            elif isinstance(images, LazyImages):
+                digest.update(json.dumps([images.size, images.resize]).encode())
+                for text in images.stored.identity(images.rows):
+                    digest.update(f"{text}\n".encode())
+        return digest.hexdigest()
+
+
+def load_real(config: DataConfig) -> RealData:
+    """Load the dataset that `config` names.
+
+    Raises `StillroomError` for a source that is missing, unknown, damaged or ambiguous, labels that are not 0 ... C-1
+    with at least one training image each, fewer than two classes, images that cannot be read (all of a split are
+    counted, the first few named) or have another size, and settings out of range.
+    """
+    _check(config)
+    try:
+        return _load(config)
+    except OSError as error:
+        raise StillroomError(f"--data.source {config.source} cannot be read: {error}.") from error
+
+
+def _load(config: DataConfig) -> RealData:
+    name, facts, source = _open(config)
+    named = config.source in FACTS
+    classes = _count_classes(source, facts.classes if facts and named else None, name)
+    test_split = source.test
+    if config.holdout_per_class:
+        train_rows, test_rows = _hold_out(source.train.labels, config.holdout_per_class)
+        test_split = source.train
+    elif test_split is None:
+        raise StillroomError(
+            f"{name} has no test split ({', '.join(readers.TEST_SPLITS)}). Add one, or hold training images out with "
+            "--data.holdout-per-class."
+        )
+    else:
+        train_rows, test_rows = np.arange(len(source.train.labels)), np.arange(len(test_split.labels))
+    if config.train_per_class is not None:
+        train_rows = train_rows[_rank_in_class(source.train.labels[train_rows]) < config.train_per_class]
+
+    selected = len(train_rows)
+    height, width, channels = first_size(source.train.images, train_rows)
+    if facts and not named and (facts.classes, facts.image_size) != (classes, min(height, width)):
+        facts = None  # another dataset that happens to have the name
+    size = config.image_size or (facts.image_size if facts else min(height, width))
+    class_names = source.class_names or (facts.class_names if facts else None) or tuple(map(str, range(classes)))
+
+    _require_every_class(source.train.labels[train_rows], class_names, name)
+    constants = (facts.mean, facts.std) if facts and facts.mean and facts.std else None
+    load = functools.partial(
+        load_images,
+        size=size,
+        resize=config.resize,
+        skip_bad_images=config.skip_bad_images,
+        memory_limit_bytes=config.memory_limit_gib * 2**30,
+    )
+    train, train_rows, levels = load(source.train, train_rows, count_levels=constants is None)
+    test, kept_test_rows, _ = load(test_split, test_rows, count_levels=False)
+    _require_every_class(train.labels.numpy(), class_names, name)
+    if not len(test):
+        raise StillroomError(f"{name} has no test image that can be read.")
+    mean, std = constants or mean_and_std(levels)
+    as_stored = size * size
+    if isinstance(source.train.images, ArrayImages):
+        as_stored = min(as_stored, height * width // source.train.images.enlarged)
+    return RealData(
+        name=name,
+        class_names=class_names,
+        train=train,
+        test=test,
+        mean=mean,
+        std=std,
+        image_size=size,
+        flip=facts.flip if facts else True,
+        skipped_images=selected - len(train_rows) + len(test_rows) - len(kept_test_rows),
+        raw_bytes=len(train) * channels * as_stored,
+        stored_bytes=source.train.images.stored_bytes(train_rows),
+    )
+
+
+def _check(config: DataConfig) -> None:
+    if not config.source:
+        raise StillroomError("--data.source is empty; give a name, a path or a Hub id 'owner/name'.")
+    if config.resize not in get_args(Resize):
+        raise StillroomError(f"--data.resize is {config.resize!r}.{suggest(str(config.resize), get_args(Resize))}")
+    for flag, value, low, high in (
+        ("image-size", config.image_size, 1, 4096),
+        ("train-per-class", config.train_per_class, 1, None),
+        ("holdout-per-class", config.holdout_per_class, 0, None),
+        ("memory-limit-gib", config.memory_limit_gib, 0, None),
+    ):
+        if value is not None and not (value >= low and (high is None or value <= high)):
+            upper = f" and at most {high}" if high is not None else ""
+            raise StillroomError(f"--data.{flag} is {value}; it must be at least {low}{upper}.")
+
+
+# Finding the source
+
+
+def _open(config: DataConfig) -> tuple[str, Facts | None, Source]:
+    """-> the dataset's name, the facts that its name suggests, and what a reader found."""
+    name, path = config.source, Path(config.source)
+    if name == "digits":
+        return name, FACTS[name], readers.read_digits()
+    if name in FACTS:
+        return name, FACTS[name], _open_named(name, config)
+    if not path.exists():
+        if not _is_hub_id(name):
+            hint = "" if "/" in name or path.suffix else suggest(name, FACTS)
+            raise StillroomError(f"--data.source {name} is no existing path and no known dataset.{hint}")
+        path = _fetch_from_hub(name)
+        facts = FACTS.get(name.partition("/")[2])
+        return name, facts, _read_parquet(path, facts, config)
+    name = path.resolve().name if path.is_dir() else path.stem
+    facts = FACTS.get(name) or next((facts for facts in FACTS.values() if facts.folder == name), None)
+    return name, facts, _read_path(path, facts, config)
+
+
+def _open_named(name: str, config: DataConfig) -> Source:
+    root, facts = Path(config.root), FACTS[name]
+    npz, folder, original = root / f"{name}.npz", root / name, root / (facts.folder or name)
+    if npz.is_file():
+        return _read_path(npz, facts, config)
+    if folder.is_dir() and ((folder / "train").is_dir() or readers.find_parquet(folder)):
+        return _read_path(folder, facts, config)
+    if name in readers.CIFAR_PICKLES:
+        if config.download and not original.is_dir():
+            _download(name, root)
+        if original.is_dir():
+            return readers.read_cifar_pickles(original, name)
+    elif original.is_dir():
+        return _read_path(original, facts, config)
+    fix = "Pass --data.download to fetch it" if name in readers.CIFAR_PICKLES else "Fetch and unpack it yourself"
+    raise StillroomError(
+        f"{name} was not found: looked for {npz}, {folder}/ (parquet or train/<class>/) and {original}/. "
+        f"{fix}, or say where it is with --data.root."
+    )
+
+
+def _read_path(path: Path, facts: Facts | None, config: DataConfig) -> Source:
+    with_test = not config.holdout_per_class
+    if path.is_file():
+        if path.suffix == ".npz":
+            return readers.read_npz(path, config.memory_limit_gib * 2**30, with_test)
+        if path.suffix == ".parquet":
+            return _read_parquet(path, facts, config)
+        raise StillroomError(f"--data.source {path} is neither .npz nor .parquet, nor a folder.")
+    if (path / "wnids.txt").is_file() and (path / "train").is_dir():
+        return readers.read_tiny_imagenet(path, with_test)
+    # Looked for only where there is no class folder, since a large image folder takes long to search.
+    has_classes = (path / "train").is_dir() and not any((path / "train").glob("*.parquet"))
+    if not has_classes and readers.find_parquet(path):
+        return _read_parquet(path, facts, config)
+    if not (path / "train").is_dir():
+        raise StillroomError(
+            f"{path} has no train/ folder and no parquet files. Expected {path}/train/<class>/<images> and "
+            f"{path}/test/<class>/<images> (or val, valid, validation), or parquet files with 'train' and 'test' in "
+            "their names."
+        )
+    return readers.read_folder(path, _test_splits(facts), with_test)
+
+
+def _read_parquet(path: Path, facts: Facts | None, config: DataConfig) -> Source:
+    return readers.read_parquet(
+        path,
+        config.image_column,
+        config.label_column,
+        facts.label_column if facts else None,
+        _test_splits(facts),
+        with_test=not config.holdout_per_class,
+    )
+
+
+def _test_splits(facts: Facts | None) -> list[str]:
+    """`readers.TEST_SPLITS`, led by the one that `facts` names: the test split of some datasets has no labels."""
+    return sorted(readers.TEST_SPLITS, key=lambda split: split != (facts.test_split if facts else "test"))
+
+
+def _is_hub_id(source: str) -> bool:
+    owner = source.partition("/")[0]
+    return (
+        re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source) is not None
+        and not Path(owner).exists()
+        and Path(source).suffix not in (".npz", ".parquet")
+    )
+
+
+def _fetch_from_hub(repo: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise StillroomError(
+            f"--data.source {repo} is no existing path; to read it from the Hub, install stillroom[hub]."
+        ) from error
+    # Offline, missing, private and refused requests raise errors of several libraries.
+    try:
+        return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=["*.parquet"]))
+    except Exception as error:
+        raise StillroomError(
+            f"--data.source {repo} is no existing path and could not be fetched from the Hub: {error}. Check the "
+            "spelling and the network, or download its parquet files and pass their folder."
+        ) from error
+
+
+def _download(name: str, root: Path) -> None:
+    import torchvision.datasets
+
+    fetch = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    # Network, checksum and disk failures raise errors of several libraries.
+    try:
+        fetch(root, download=True)
+    except Exception as error:
+        raise StillroomError(
+            f"{name} could not be downloaded to {root}: {error}. Fetch it elsewhere and say where with --data.root."
+        ) from error
+
+
+# Labels and selection
+
+
+def _count_classes(source: Source, expected: int | None, name: str) -> int:
+    """Check the labels of both splits; return how many classes there are."""
+    stored = len(source.class_names) if source.class_names is not None else None
+    if stored is not None and expected is not None and stored != expected:
+        raise StillroomError(f"{name} has {expected} classes, but these files name {stored}; pass their path instead.")
+    found = np.unique(source.train.labels)
+    if not len(found):
+        raise StillroomError(f"{name} has no training images.")
+    classes = stored or expected or len(found)
+    for split, part in (("training", source.train), ("test", source.test)):
+        labels = part.labels if part is not None else found
+        wrong = labels[(labels < 0) | (labels >= classes)]
+        if len(wrong):
+            raise StillroomError(
+                f"{name} has the {split} label {wrong[0]}, but its {classes} classes are labelled 0 ... {classes - 1}. "
+                "Renumber the labels without gaps."
+            )
+    if classes < 2:
+        raise StillroomError(f"{name} has {classes} class; at least 2 are needed to classify.")
+    return classes
+
+
+def _require_every_class(labels: np.ndarray, class_names: Sequence[str], name: str) -> None:
+    missing = np.flatnonzero(np.bincount(labels.astype(np.int64), minlength=len(class_names)) == 0)
+    if len(missing):
+        raise StillroomError(
+            f"{name}: class {missing[0]} ('{class_names[missing[0]]}') has no training image left after holding out "
+            "and skipping; add images, or remove the class from labels and class names."
+        )
+
+
+def _rank_in_class(labels: np.ndarray) -> np.ndarray:
+    """How many earlier images have the same label, int64 [n]."""
+    order = np.argsort(labels, kind="stable")
+    _, first, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    ranks = np.empty(len(labels), np.int64)
+    ranks[order] = np.arange(len(labels)) - np.repeat(first, counts)
+    return ranks
+
+
+def _hold_out(labels: np.ndarray, per_class: int) -> tuple[np.ndarray, np.ndarray]:
+    """-> positions of all but the last `per_class` images of each class, and of those."""
+    rank_from_end = _rank_in_class(labels[::-1])[::-1]
+    return np.flatnonzero(rank_from_end >= per_class), np.flatnonzero(rank_from_end < per_class)

@@ -1,0 +1,419 @@
+"""The artifact: a distilled set, the views that students see of it, and its folder on disk.
+
+    distilled = load_distilled("runs/mine/distilled")
+    for image, soft_label in DataLoader(distilled.views(), batch_size=64, shuffle=True):
+        ...
+
+The folder (manifest.json names the files and their SHA-256; see manifest.py) opens without this module: images are PNG
+in a parquet file, compensators and labels are safetensors. Nothing here needs a teacher or training code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from stillroom.artifact import decode_images, encode_images, read_part, to_pixels, write_version
+from stillroom.card import Budget, budget_of, build_card, build_contact_sheet
+from stillroom.errors import StillroomError
+from stillroom.files import parse_tensors, sha256_bytes, tensor_bytes
+from stillroom.manifest import CARD_ROLES, MANIFEST_NAME, FileFacts, LabelKind, Manifest, file_name, read_manifest
+
+JPEG_QUALITY = 75  # what the published scripts save their views with
+
+Transform = Callable[[Tensor], Tensor]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise StillroomError(message)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredCompensators:
+    """Compensators as they are stored, in [0, 1] pixel units.
+
+    `codes` [teachers, slots, 3, height, width]: float16, or int8 with `scale` float32 [teachers, slots, 3, 1, 1], where
+    value = code * scale. Raises StillroomError for other shapes and types, and where values are not finite.
+    """
+
+    codes: Tensor
+    scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        codes, scale = self.codes, self.scale
+        _require(
+            codes.ndim == 5 and codes.shape[2] == 3 and codes.numel() > 0,
+            f"compensators have shape {list(codes.shape)}, but need [teachers, slots, 3, height, width].",
+        )
+        _require(
+            codes.dtype == (torch.float16 if scale is None else torch.int8),
+            f"compensators are {codes.dtype} {'without' if scale is None else 'with'} a scale, but must be float16 "
+            "without or int8 with one: make them by quantize_compensators.",
+        )
+        if scale is not None:
+            shape = [*codes.shape[:3], 1, 1]
+            _require(
+                scale.dtype == torch.float32 and list(scale.shape) == shape,
+                f"the compensators' scale is {scale.dtype} {list(scale.shape)}, but must be float32 {shape}.",
+            )
+        finite = torch.isfinite(codes if scale is None else scale).flatten(2).all(2)
+        bad = (~finite).nonzero().tolist()[:3]
+        _require(
+            not bad,
+            f"compensators of [teacher, slot] {bad} are not finite, or too large to store: their optimisation went "
+            "astray; lower its learning rate or check its teacher.",
+        )
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return self.codes.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+    def to(self, device: torch.device | str) -> StoredCompensators:
+        """The same compensators on another device."""
+        return StoredCompensators(self.codes.to(device), None if self.scale is None else self.scale.to(device))
+
+
+def quantize_compensators(compensators: Tensor, bits: Literal[8, 16]) -> StoredCompensators:
+    """Store float32 [teachers, slots, 3, height, width] in 16 bits (float16) or 8 (a scale per teacher, slot, channel).
+
+    At 8 bits no value moves by more than half a scale, which is the channel's largest magnitude / 127.
+    """
+    if bits == 16:
+        return StoredCompensators(compensators.detach().to(torch.float16))
+    _require(bits == 8, f"bits of the compensators is {bits!r}, but must be 8 or 16.")
+    values = compensators.detach().float()
+    scale = values.abs().amax(dim=(3, 4), keepdim=True) / 127
+    # An all-zero channel has scale 0; dividing by 1 there keeps its codes 0.
+    codes = (values / torch.where(scale > 0, scale, 1.0)).round().clamp(-127, 127).to(torch.int8)
+    return StoredCompensators(codes, scale)
+
+
+def dequantize_compensators(stored: StoredCompensators) -> Tensor:
+    """Float32 [teachers, slots, 3, height, width] in [0, 1] pixel units, as every view is formed from."""
+    return stored.codes.float() if stored.scale is None else stored.codes.float() * stored.scale
+
+
+@dataclass(frozen=True, eq=False)
+class DistilledSet:
+    """Images, compensators and labels of one distilled set, all on one device.
+
+    images uint8 [n, 3, height, width] (naturals, or another method's images); labels int64 [n]; slots int64 [n], the
+    index of each image within its class; soft_labels float16 [views, classes], logits in the order of `view_table`.
+    Raises StillroomError where the parts contradict each other or the manifest.
+    """
+
+    images: Tensor
+    labels: Tensor
+    slots: Tensor
+    compensators: StoredCompensators | None
+    soft_labels: Tensor | None
+    manifest: Manifest
+
+    def __post_init__(self) -> None:
+        manifest, count, stored = self.manifest, len(self.images), self.compensators
+        expected = [count, 3, *manifest.image_size]
+        _require(
+            self.images.dtype == torch.uint8 and list(self.images.shape) == expected and count > 0,
+            f"images are {self.images.dtype} {list(self.images.shape)}, but must be uint8 {expected}, at least one.",
+        )
+        slot_count = 2**63 - 1 if stored is None else stored.codes.shape[1]
+        limits = {"labels": (self.labels, len(manifest.class_names)), "slots": (self.slots, slot_count)}
+        for name, (values, limit) in limits.items():
+            _require(
+                values.dtype == torch.int64 and values.shape == (count,),
+                f"{name} are {values.dtype} {list(values.shape)}, but must be int64 [{count}].",
+            )
+            low, high = int(values.min()), int(values.max())
+            _require(
+                low >= 0 and high < limit, f"{name} reach from {low} to {high}, but must lie from 0 to {limit - 1}."
+            )
+        if stored is None:
+            _require(
+                manifest.views.naturals_as_views,
+                "views.naturals_as_views is false, but without compensators no other views are left: set it true.",
+            )
+        else:
+            _require(
+                list(stored.codes.shape[3:]) == expected[2:] and len(stored.codes) == len(manifest.teachers),
+                f"compensators have shape {list(stored.codes.shape)}, but the manifest names {len(manifest.teachers)} "
+                f"teachers and images of {expected[2:]} pixels.",
+            )
+        presence = "absent" if self.soft_labels is None else "there"
+        _require(
+            (presence == "there") == (manifest.label_kind == "static"),
+            f"label_kind is {manifest.label_kind!r}, but soft labels are {presence}: use with_labels.",
+        )
+        if self.soft_labels is not None:
+            labels, shape = self.soft_labels, [self.view_count, len(manifest.class_names)]
+            _require(
+                labels.dtype == torch.float16 and list(labels.shape) == shape,
+                f"soft labels are {labels.dtype} {list(labels.shape)}, but must be float16 {shape}: a row per view.",
+            )
+            rows = (~torch.isfinite(labels).all(1)).nonzero().flatten().tolist()[:3]
+            _require(not rows, f"soft labels of views {rows} are not finite in float16: check their teachers.")
+
+    @property
+    def view_count(self) -> int:
+        """Number of views: images times teachers, and the images themselves where the manifest counts them."""
+        teachers = 0 if self.compensators is None else len(self.compensators.codes)
+        return len(self.images) * (teachers + int(self.manifest.views.naturals_as_views))
+
+    def view_table(self) -> Tensor:
+        """int64 [views, 2]: the index of the view's image, and of its compensator (teacher * slots + slot) or -1.
+
+        First the images themselves (if they are views), then one block per teacher; images in order in every block.
+        """
+        return self._table
+
+    def form_views(self, rows: Tensor) -> Tensor:
+        """Views of the given rows (int64 [batch]) of `view_table`: float32 [batch, 3, height, width] in pixel units.
+
+        image / 255 + compensator, from what is stored, cut to [0, 1] if the manifest says so. With the encoding
+        "jpeg75" every view, plain images included, is what an 8-bit JPEG leaves of it; the first call encodes all.
+        """
+        rows = rows.to(self.images.device)
+        if self.manifest.views.view_encoding == "jpeg75":
+            return self._jpeg_views[rows].float() / 255
+        return self._form_exact(rows)
+
+    def views(
+        self, transform: Transform | None = None, normalize: bool = True, temperature: float = 1.0
+    ) -> ViewDataset:
+        """The views as a torch Dataset of (image float32 [3, height, width], soft label float32 [classes]).
+
+        `transform` acts on one image in pixel units, before mean and std of the manifest are applied. Soft labels are
+        probabilities: softmax(stored logits / temperature), or one at the class where labels are hard.
+        Raises StillroomError for dynamic labels, which only teachers can give.
+        """
+        _require(
+            self.manifest.label_kind != "dynamic",
+            "label_kind is 'dynamic', so this set holds no labels to train on: let teachers label its views as you "
+            "train, or store labels by with_labels.",
+        )
+        _require(temperature > 0, f"temperature is {temperature}, but must be above zero.")
+        return ViewDataset(self, transform, normalize, temperature)
+
+    def with_labels(self, soft_labels: Tensor | None, kind: LabelKind | None = None) -> DistilledSet:
+        """The same set with other labels: logits [views, classes] of any float type, or None for "hard" or "dynamic".
+
+        `kind` is only needed for "dynamic". Saved to the same folder, the old labels go as the new ones come.
+        """
+        label_kind = kind or ("hard" if soft_labels is None else "static")
+        stored = None if soft_labels is None else soft_labels.detach().to(self.images.device, torch.float16)
+        manifest = dataclasses.replace(self.manifest, label_kind=label_kind, files={})
+        return dataclasses.replace(self, soft_labels=stored, manifest=manifest)
+
+    def to(self, device: torch.device | str) -> DistilledSet:
+        """The same set on another device."""
+        return dataclasses.replace(
+            self,
+            images=self.images.to(device),
+            labels=self.labels.to(device),
+            slots=self.slots.to(device),
+            compensators=None if self.compensators is None else self.compensators.to(device),
+            soft_labels=None if self.soft_labels is None else self.soft_labels.to(device),
+        )
+
+    def save(self, path: Path | str) -> Manifest:
+        """Write the set to the folder `path` and return its manifest, `files` filled. Equal sets give equal bytes.
+
+        An older version in the folder stays whole until the new manifest replaces the old; its files go after that.
+        Raises StillroomError where the folder holds other things or cannot be written.
+        """
+        contents = _encode_parts(self)
+        manifest = dataclasses.replace(self.manifest, files=_describe(self, contents))
+        offsets = None if self.compensators is None else dequantize_compensators(self.compensators)
+        contents["contact_sheet"] = build_contact_sheet(self.images, self.labels, offsets)
+        contents["card"] = build_card(manifest)
+        manifest = dataclasses.replace(manifest, files=_describe(self, contents))
+        write_version(Path(path), manifest, contents)
+        return manifest
+
+    def _form_exact(self, rows: Tensor) -> Tensor:
+        image, compensator = self._table[rows].unbind(1)
+        views = self.images[image].float() / 255
+        if self._offsets is not None:
+            views += self._offsets[compensator]
+        return views.clamp_(0, 1) if self.manifest.views.clip else views
+
+    @functools.cached_property
+    def _table(self) -> Tensor:
+        index = torch.arange(len(self.images), device=self.images.device)
+        blocks = [torch.stack((index, torch.full_like(index, -1)), 1)] if self.manifest.views.naturals_as_views else []
+        if self.compensators is not None:
+            teachers, slot_count = self.compensators.codes.shape[:2]
+            blocks += [torch.stack((index, teacher * slot_count + self.slots), 1) for teacher in range(teachers)]
+        return torch.cat(blocks)
+
+    @functools.cached_property
+    def _offsets(self) -> Tensor | None:
+        if self.compensators is None:
+            return None
+        values = dequantize_compensators(self.compensators).flatten(0, 1)  # [teachers * slots, 3, height, width]
+        return torch.cat((values, torch.zeros_like(values[:1])))  # index -1, the image itself, adds nothing
+
+    @functools.cached_property
+    def _jpeg_views(self) -> Tensor:
+        encoded = torch.empty(self.view_count, *self.images.shape[1:], dtype=torch.uint8)
+        for rows in torch.arange(self.view_count).split(256):
+            # Floored, not rounded, as the published scripts do; x / 255 * 255 is exact for every 8-bit x.
+            views = (self._form_exact(rows.to(self.images.device)).clamp(0, 1) * 255).floor().to(torch.uint8)
+            for row, view in zip(rows.tolist(), views.cpu(), strict=True):
+                buffer = io.BytesIO()
+                Image.fromarray(to_pixels(view)).save(buffer, "JPEG", quality=JPEG_QUALITY)
+                encoded[row] = torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)
+        return encoded.to(self.images.device)
+
+
+class ViewDataset(Dataset[tuple[Tensor, Tensor]]):
+    """What `DistilledSet.views` returns; a DataLoader asks it for a whole batch at once."""
+
+    def __init__(
+        self, distilled: DistilledSet, transform: Transform | None, normalize: bool, temperature: float
+    ) -> None:
+        self.distilled, self.transform, self.normalize, self.temperature = distilled, transform, normalize, temperature
+
+    def __len__(self) -> int:
+        return self.distilled.view_count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+        if indices and not (-len(self) <= min(indices) and max(indices) < len(self)):
+            raise IndexError(f"view index out of range: there are {len(self)} views")
+        rows = torch.as_tensor(indices, dtype=torch.int64, device=self.distilled.images.device)
+        views, soft_labels = self.distilled.form_views(rows), self._soft_labels(rows)
+        if self.transform is not None:
+            views = torch.stack([self.transform(view) for view in views])
+        if self.normalize:
+            constants = self.distilled.manifest.normalization
+            mean, std = (views.new_tensor(values).view(3, 1, 1) for values in (constants.mean, constants.std))
+            views = (views - mean) / std
+        return list(zip(views, soft_labels, strict=True))
+
+    def _soft_labels(self, rows: Tensor) -> Tensor:
+        logits = self.distilled.soft_labels
+        if logits is not None:
+            return (logits[rows].float() / self.temperature).softmax(1)
+        labels = self.distilled.labels[self.distilled.view_table()[rows, 0]]
+        return torch.nn.functional.one_hot(labels, len(self.distilled.manifest.class_names)).float()
+
+
+def load_distilled(path: Path | str, ignore_card: bool = False) -> DistilledSet:
+    """Read the folder `path` that a save has written; every file's SHA-256 is checked and nothing is unpickled.
+
+    `ignore_card` leaves README.md and contact_sheet.png unchecked, for those who edited the card.
+    Raises StillroomError that names the file that is missing, changed or not as the manifest says.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    skipped = CARD_ROLES if ignore_card else ()
+    contents = {role: read_part(folder, role, facts) for role, facts in manifest.files.items() if role not in skipped}
+    return _decode(folder, manifest, contents)
+
+
+def verify_distilled(path: Path | str) -> list[str]:
+    """Everything that is wrong with the folder `path`, a sentence each; an empty list where the set is whole."""
+    folder = Path(path)
+    try:
+        manifest = read_manifest(folder)
+    except StillroomError as error:
+        return [str(error)]
+    problems: list[str] = []
+    contents: dict[str, bytes] = {}
+    for role, facts in manifest.files.items():
+        try:
+            contents[role] = read_part(folder, role, facts)
+        except StillroomError as error:
+            problems.append(str(error))
+    if problems:
+        return problems
+    try:
+        _decode(folder, manifest, contents)
+    except StillroomError as error:
+        return [str(error)]
+    return []
+
+
+def count_bytes(distilled: DistilledSet) -> Budget:
+    """Bytes of images, compensators and labels, raw and stored, and the ratios to the real set.
+
+    A set that is not as its files on disk, or was never saved, is encoded to learn what its files would take.
+    """
+    files = distilled.manifest.files
+    listed = {role: (facts.entries, facts.raw_bytes) for role, facts in files.items() if role not in CARD_ROLES}
+    if listed != _holdings(distilled):
+        files = _describe(distilled, _encode_parts(distilled))
+    return budget_of(dataclasses.replace(distilled.manifest, files=files))
+
+
+def _holdings(distilled: DistilledSet) -> dict[str, tuple[int, int]]:
+    """Entries and raw bytes of each part, by role."""
+    stored, soft_labels = distilled.compensators, distilled.soft_labels
+    holdings = {"images": (len(distilled.images), distilled.images.nbytes)}
+    if stored is not None:
+        holdings["compensators"] = (stored.codes.shape[:2].numel(), stored.raw_bytes)
+    if soft_labels is not None:
+        holdings["labels"] = (len(soft_labels), soft_labels.nbytes)
+    return holdings
+
+
+def _describe(distilled: DistilledSet, contents: dict[str, bytes]) -> dict[str, FileFacts]:
+    holdings, files = _holdings(distilled), {}
+    for role, content in contents.items():
+        digest = sha256_bytes(content)
+        files[role] = FileFacts(file_name(role, digest), len(content), digest, *holdings.get(role, (0, 0)))
+    return files
+
+
+def _encode_parts(distilled: DistilledSet) -> dict[str, bytes]:
+    stored, class_names = distilled.compensators, distilled.manifest.class_names
+    contents = {"images": encode_images(distilled.images, distilled.labels, distilled.slots, class_names)}
+    if stored is not None:
+        tensors = {"compensators": stored.codes} | ({} if stored.scale is None else {"scale": stored.scale})
+        contents["compensators"] = tensor_bytes(tensors, {"units": "pixels in [0, 1]"}, "the compensators")
+    if distilled.soft_labels is not None:
+        contents["labels"] = tensor_bytes({"logits": distilled.soft_labels}, {}, "the labels")
+    return contents
+
+
+def _decode(folder: Path, manifest: Manifest, contents: dict[str, bytes]) -> DistilledSet:
+    for role in ("images", *CARD_ROLES):
+        _require(role in manifest.files, f"{folder / MANIFEST_NAME}: files lacks {role}.")
+    compensators, soft_labels = None, None
+    path = folder / manifest.files["images"].name
+    try:
+        images, labels, slots = decode_images(contents["images"], manifest.files["images"], manifest.image_size)
+        if "compensators" in contents:
+            path = folder / manifest.files["compensators"].name
+            tensors, _ = parse_tensors(contents["compensators"], path)
+            compensators = StoredCompensators(tensors["compensators"], tensors.get("scale"))
+        if "labels" in contents:
+            path = folder / manifest.files["labels"].name
+            tensors, _ = parse_tensors(contents["labels"], path)
+            soft_labels = tensors["logits"]
+    except Exception as error:  # the parsers raise many classes, all of which mean the same
+        raise StillroomError(f"{path} does not hold what the manifest says ({error}): save the set again.") from error
+    try:
+        distilled = DistilledSet(images, labels, slots, compensators, soft_labels, manifest)
+    except StillroomError as error:
+        raise StillroomError(f"{folder}: {error}") from error
+    _require(
+        _describe(distilled, contents) == {role: manifest.files[role] for role in contents},
+        f"{folder / MANIFEST_NAME}: the entries or raw bytes of files are not what the files hold: save the set again.",
+    )
+    return distilled

@@ -1,0 +1,23 @@
+"""Errors that teach: each names the argument, the value it got, and the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class StillroomError(ValueError):
+    """Bad input or a state that the user can mend; the command line prints its message alone, without a traceback."""
+
+
+class TimeLimitReached(Exception):  # noqa: N818 - it ends a run well
+    """The time limit of a run has passed; everything done so far is saved and the same command goes on."""
+
+
+def suggest(name: str, choices: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the nearest of `choices`, or their list when nothing is near."""
+    known = sorted(choices)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if near:
+        return " Did you mean " + " or ".join(repr(n) for n in near) + "?"
+    return " Choose from: " + ", ".join(known) + "."

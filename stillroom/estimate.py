@@ -1,0 +1,190 @@
+"""What a recipe will take, before it starts: a few steps of each stage are timed on this machine and multiplied.
+
+Steps run without torch.compile, so compiled stages come out faster; memory is what one step keeps for its backward
+pass, plus weights and optimiser.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stillroom.compute import Plan, resolve_plan
+from stillroom.data import RealData, load_real
+from stillroom.evaluate import soft_label_loss
+from stillroom.labels import dynamic_label_bytes
+from stillroom.methods.infer import slot_count
+from stillroom.methods.recover import Objective, Recorder, build_objective
+from stillroom.networks import build_network
+from stillroom.pipeline import check_recipe
+from stillroom.recipes import Recipe
+from stillroom.teachers import cache_entry
+
+TIMED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One line of the plan: seconds of work left, bytes of peak memory, bytes kept on disk."""
+
+    name: str
+    work: str
+    seconds: float
+    memory: int
+    kept: int
+
+
+def estimate_recipe(recipe: Recipe) -> tuple[list[Stage], list[str]]:
+    """Return the stages of `recipe` on this machine, and remarks on them.
+
+    Loads the data and refuses what `stillroom run` would refuse; trains and writes nothing. Cached teachers cost
+    nothing and are named in the remarks.
+    """
+    notes: list[str] = []
+    plan = resolve_plan(recipe.compute, notes.append)
+    plan.activate()
+    real = load_real(recipe.data)
+    check_recipe(recipe, real)
+    stages = _teacher_stages(recipe, real, plan, notes)
+    stages += _distill_stages(recipe, real, plan)
+    stages += _student_stages(recipe, real, plan)
+    notes.append(
+        f"plan: {plan.device}, {plan.precision}, {plan.threads} threads, compile {plan.compile} (times are "
+        f"without it), {plan.pack_slots} slots per step"
+    )
+    return stages, notes
+
+
+def _teacher_stages(recipe: Recipe, real: RealData, plan: Plan, notes: list[str]) -> list[Stage]:
+    stages = []
+    train = recipe.teachers.train
+    batch = min(train.batch_size, len(real.train))
+    steps = train.epochs * (len(real.train) // batch)
+    given = {text.partition("=")[0] for text in recipe.teachers.checkpoints}
+    for name in recipe.teachers.networks:
+        model = build_network(name, real.classes, real.image_size)
+        weights = sum(value.nbytes for value in model.state_dict().values())
+        if name in given or recipe.teachers.source != "train":
+            stages.append(Stage(f"teacher {name}", "loaded", 0.0, weights, 0))
+        elif (cache_entry(name, real, recipe.teachers, plan) / "teacher.json").exists():
+            notes.append(f"teacher {name} is in the cache")
+            stages.append(Stage(f"teacher {name}", "cached", 0.0, weights, 0))
+        else:
+            seconds, memory = _time_training(model, batch, real, plan)
+            stages.append(Stage(f"teacher {name}", f"{steps:,} steps of {batch}", seconds * steps, memory, weights))
+    return stages
+
+
+def _distill_stages(recipe: Recipe, real: RealData, plan: Plan) -> list[Stage]:
+    pixels = 3 * real.image_size**2
+    if recipe.method != "infer":
+        return [Stage("images", f"{recipe.ipc * real.classes:,} images", 0.0, 0, recipe.ipc * real.classes * pixels)]
+    config, stages = recipe.infer, []
+    slots = slot_count(recipe.ipc, real.classes, len(recipe.teachers.networks))
+    pack = min(plan.pack_slots, slots)
+    for name in recipe.teachers.networks:
+        model = build_network(name, real.classes, real.image_size).eval()
+        recorder = Recorder(plan.place(model), pack, config.first_layer_weight)
+        objective = build_objective(recorder, pack, config.statistics_weight)
+        labels = torch.arange(real.classes, device=plan.device).repeat(pack)
+        seconds, memory = _time_steps(_summed(objective, labels), len(labels), real, plan)
+        work = f"{slots} slots x {config.steps:,} steps of {real.classes}"
+        kept = slots * pixels * config.compensator_bits // 8
+        stages.append(Stage(f"compensators {name}", work, seconds * config.steps * slots / pack, memory, kept))
+    views = slots * real.classes * (len(recipe.teachers.networks) + config.naturals_as_views)
+    kept = slots * real.classes * pixels
+    stages.append(Stage("naturals", f"{slots * real.classes:,} images", 0.0, kept, kept))
+    if "static" in recipe.labels:
+        stages.append(Stage("static labels", f"{views:,} views", 0.0, 0, views * real.classes * 2))
+    return stages
+
+
+def _summed(objective: Objective, labels: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda views: torch.stack(objective(views, labels)).sum()
+
+
+def _student_stages(recipe: Recipe, real: RealData, plan: Plan) -> list[Stage]:
+    teachers = len(recipe.teachers.networks)
+    views = recipe.ipc * real.classes
+    if recipe.method == "infer":
+        slots = slot_count(recipe.ipc, real.classes, teachers)
+        views = slots * real.classes * (teachers + recipe.infer.naturals_as_views)
+    batch = min(recipe.student.train.batch_size, views)
+    model = build_network(recipe.student.network, real.classes, real.image_size)
+    seconds, memory = _time_training(model, batch, real, plan)
+    stages = []
+    for labels in recipe.labels:
+        steps = recipe.student.train_for(labels).epochs * (views // batch)
+        per_step = seconds
+        if labels == "dynamic":
+            per_step += _time_labels(recipe, batch, real, plan)
+        # At equal steps: random with hard and with these labels, naturals; at equal epochs a share of that.
+        runs = 1 + (3 * (1 + 1 / (teachers + 1)) if recipe.controls else 0)
+        work = f"{len(recipe.seeds)} seeds x {steps:,} steps of {batch}" + (" and controls" if recipe.controls else "")
+        stages.append(Stage(f"students, {labels}", work, per_step * steps * runs * len(recipe.seeds), memory, 0))
+        if labels == "dynamic":
+            stored = dynamic_label_bytes(batch, steps, real.classes)
+            stages.append(Stage("  its labels, if stored", f"{batch * steps:,} rows", 0.0, stored, 0))
+    return stages
+
+
+def _time_training(model: nn.Module, batch: int, real: RealData, plan: Plan) -> tuple[float, int]:
+    model = plan.place(model).train()
+    targets = torch.zeros(batch, real.classes, device=plan.device)
+    seconds, memory = _time_steps(
+        lambda images: soft_label_loss(model(images).float(), targets, 1.0), batch, real, plan
+    )
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return seconds, memory + 4 * weights  # weights, gradients, at most two moments
+
+
+def _time_labels(recipe: Recipe, batch: int, real: RealData, plan: Plan) -> float:
+    images = _images(batch, real, plan)
+    together = 0.0
+    for name in recipe.teachers.networks:
+        model = build_network(name, real.classes, real.image_size).eval()
+        with torch.no_grad(), plan.autocast():
+            together += _median_time(functools.partial(plan.place(model), images), plan)
+    return together
+
+
+def _time_steps(loss: Callable[[Tensor], Tensor], batch: int, real: RealData, plan: Plan) -> tuple[float, int]:
+    """Return seconds per forward and backward pass, and the bytes that the forward pass keeps for the backward one."""
+    images = _images(batch, real, plan).requires_grad_()
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def step() -> None:
+        with plan.autocast():
+            value = loss(images)
+        value.backward()
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        step()
+    return _median_time(step, plan), sum(kept.values())
+
+
+def _median_time(work: Callable[[], object], plan: Plan) -> float:
+    times = []
+    for _ in range(TIMED_STEPS):
+        begun = time.perf_counter()
+        work()
+        if plan.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def _images(batch: int, real: RealData, plan: Plan) -> Tensor:
+    images = torch.zeros(batch, 3, real.image_size, real.image_size, device=plan.device)
+    return images.contiguous(memory_format=plan.memory_format)

@@ -1,0 +1,248 @@
+"""Students (evaluate): networks trained on a distilled set alone, measured on the real test split (Algorithm 2).
+
+The accuracy reported is that of the last epoch, its mean and standard deviation over seeds; the best epoch stands
+beside it and is never chosen by.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillroom import augment
+from stillroom.compute import Plan, derive_seed
+from stillroom.data import RealData
+from stillroom.distilled import DistilledSet
+from stillroom.errors import StillroomError
+from stillroom.labels import dynamic_label_bytes, ensemble_logits
+from stillroom.networks import build_network
+from stillroom.run import Run
+from stillroom.teachers import Teacher
+from stillroom.train import Epochs, TrainConfig, apply_normalization, augment_images, fit, measure_accuracy
+
+# Table 5, CIFAR: AdamW 1e-3, decay 0.01, cosine per epoch, batch 64, crop + flip + mixup.
+CIFAR_STUDENT = TrainConfig(
+    epochs=400, batch_size=64, optimizer="adamw", learning_rate=1e-3, weight_decay=0.01, mixup_beta=0.8
+)
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """How a student is trained on a distilled set; the defaults are CIFAR's row of Table 5."""
+
+    network: str = "resnet18"
+    train: TrainConfig = field(default_factory=lambda: CIFAR_STUDENT)
+    dynamic_epochs: int = 80  # epochs with dynamic labels: a fifth, as Table 5 has for CIFAR (M + 1 views per natural)
+    temperature: float = 30.0  # of the softened distributions
+    measure_every_epochs: int = 0  # accuracy for the curve; 0: after training only
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise StillroomError(f"student.temperature is {self.temperature}; give a positive number such as 30")
+        if self.dynamic_epochs < 1:
+            raise StillroomError(f"student.dynamic_epochs is {self.dynamic_epochs}; give 1 or more")
+
+    def train_for(self, labels: str) -> TrainConfig:
+        """The training settings for a kind of label."""
+        return replace(self.train, epochs=self.dynamic_epochs) if labels == "dynamic" else self.train
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What students reached: accuracies are shares in [0, 1], one per seed, of the last epoch."""
+
+    network: str
+    labels: str
+    steps: int
+    top1: tuple[float, ...]
+    top5: tuple[float, ...]
+    best: tuple[float, ...]  # the highest top-1 among the measured epochs
+    seconds: tuple[float, ...]
+    label_bytes: int  # stored labels; for dynamic ones, what storing them would take
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.top1)
+
+    @property
+    def std(self) -> float:
+        """Standard deviation over seeds (of the sample, n - 1); 0 for one seed."""
+        return statistics.stdev(self.top1) if len(self.top1) > 1 else 0.0
+
+    def __str__(self) -> str:
+        return f"{self.network}, {self.labels} labels: {self.mean:.1%} ± {self.std:.1%} over {len(self.top1)} seeds"
+
+
+def soft_label_loss(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Return KL(softmax(targets / T) || softmax(logits / T)), mean over the batch (Algorithm 2).
+
+    logits, targets: float32 [batch, classes]. Without the factor T^2, as in the published scripts.
+    """
+    return nn.functional.kl_div(
+        nn.functional.log_softmax(logits / temperature, dim=1),
+        nn.functional.log_softmax(targets / temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
+def hard_label_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy with `targets`, class probabilities [batch, classes]: one-hot rows, perhaps mixed."""
+    return nn.functional.cross_entropy(logits, targets)
+
+
+def check_matches(distilled: DistilledSet, real: RealData) -> None:
+    """Raise StillroomError where the set's classes, their order, or the image size are not the real data's."""
+    names = distilled.manifest.class_names
+    if names != real.class_names:
+        if sorted(names) == sorted(real.class_names):
+            first = next(i for i, (a, b) in enumerate(zip(names, real.class_names, strict=True)) if a != b)
+            raise StillroomError(
+                f"the distilled set's classes stand in another order than those of {real.name!r}: label {first} is "
+                f"{names[first]!r} in the set and {real.class_names[first]!r} in the data; every accuracy would "
+                "be wrong. Load the data that the set was made of, with the same source and layout"
+            )
+        raise StillroomError(
+            f"the distilled set has {len(names)} classes ({', '.join(names[:3])}, ...), {real.name!r} has "
+            f"{real.classes} ({', '.join(real.class_names[:3])}, ...); evaluate it on the dataset it was made of "
+            f"({distilled.manifest.dataset.name})"
+        )
+    if distilled.manifest.image_size != (real.image_size, real.image_size):
+        raise StillroomError(
+            f"the distilled set has images of {distilled.manifest.image_size} px, {real.name!r} of {real.image_size} "
+            f"px; give --data.image-size {distilled.manifest.image_size[0]}"
+        )
+
+
+def steps_per_epoch(distilled: DistilledSet, batch_size: int) -> int:
+    """Return the optimiser steps of one epoch over the set's views."""
+    return Epochs(distilled.view_count, batch_size, 0, ()).steps
+
+
+def evaluate(
+    distilled: DistilledSet,
+    real: RealData,
+    config: StudentConfig,
+    seeds: tuple[int, ...],
+    plan: Plan,
+    run: Run,
+    *,
+    teachers: list[Teacher] | None = None,
+    total_steps: int | None = None,
+    cell: str = "student",
+) -> Evaluation:
+    """Train one student per seed on `distilled` and measure each on the real test split.
+
+    The labels are the set's kind; "dynamic" needs `teachers`. `total_steps` overrides the epochs (for controls at equal
+    optimiser steps). A unit of work is one student; `cell` names them in the run. Raises StillroomError where set and
+    data do not belong together or a loss is not finite, TimeLimitReached where the run is to stop.
+    """
+    check_matches(distilled, real)
+    kind = distilled.manifest.label_kind
+    train = config.train_for(kind)
+    steps = total_steps or train.epochs * steps_per_epoch(distilled, train.batch_size)
+    results = []
+    for seed in seeds:
+        unit = f"student-{cell}-{config.network.replace(':', '-')}-{seed}"
+        if not run.unit_done(unit):
+            result = train_student(distilled, real, config, train, steps, seed, teachers or [], plan, run, unit)
+            run.finish_unit(unit, result)
+        else:
+            result, _ = run.load_unit(unit)
+        results.append(result)
+        run.check_time()
+    stored = 0 if distilled.soft_labels is None else distilled.soft_labels.nbytes
+    batch = min(train.batch_size, distilled.view_count)
+    return Evaluation(
+        network=config.network,
+        labels=kind,
+        steps=steps,
+        top1=tuple(r["top1"] for r in results),
+        top5=tuple(r["top5"] for r in results),
+        best=tuple(r["best"] for r in results),
+        seconds=tuple(r["seconds"] for r in results),
+        label_bytes=dynamic_label_bytes(batch, steps, real.classes) if kind == "dynamic" else stored,
+    )
+
+
+def train_student(
+    distilled: DistilledSet,
+    real: RealData,
+    config: StudentConfig,
+    train: TrainConfig,
+    steps: int,
+    seed: int,
+    teachers: list[Teacher],
+    plan: Plan,
+    run: Run,
+    unit: str,
+) -> dict[str, Any]:
+    """Train one student (Algorithm 2) and return {"top1", "top5", "best", "seconds", "history"}."""
+    begun = time.monotonic()
+    normalization = distilled.manifest.normalization
+    model = build_network(
+        config.network, real.classes, real.image_size, seed=derive_seed(seed, "student", config.network)
+    )
+    kind = distilled.manifest.label_kind
+    # Students of one seed draw alike whatever set they train on, so that controls differ in the set alone.
+    epochs = Epochs(distilled.view_count, train.batch_size, seed, ("student",))
+    draw_batch = build_draws(distilled, train, teachers, plan)
+    loss = hard_label_loss if kind == "hard" else lambda logits, y: soft_label_loss(logits, y, config.temperature)
+    history = fit(
+        model,
+        train,
+        epochs,
+        draw_batch,
+        loss,
+        plan,
+        run,
+        run.checkpoint(unit),
+        label=unit,
+        total_steps=steps,
+        measure=lambda m: measure_accuracy(m, real.test, normalization.mean, normalization.std, plan),
+        measure_every_epochs=config.measure_every_epochs,
+    )
+    best = max(row["top1"] for row in history if "top1" in row)
+    last = {k: history[-1][k] for k in ("top1", "top5")}
+    return {**last, "best": best, "seconds": round(time.monotonic() - begun, 2), "history": history}
+
+
+def build_draws(
+    distilled: DistilledSet, train: TrainConfig, teachers: list[Teacher], plan: Plan
+) -> Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]:
+    """Return the function that makes a training batch of views: formed, cropped, flipped, mixed, and labelled.
+
+    Targets are logits [batch, classes] (static: of the stored rows, mixed like the images, which Equation 5 allows;
+    dynamic: of the teachers on the mixed images), or class probabilities for hard labels.
+    """
+    manifest = distilled.manifest
+    kind = manifest.label_kind
+    here = distilled.to(plan.device)
+    table = here.view_table().to(plan.device)
+    label_dynamically = ensemble_logits(teachers, plan) if kind == "dynamic" else None
+    if kind == "static":
+        assert here.soft_labels is not None
+        labels = here.soft_labels.float()
+    else:
+        labels = nn.functional.one_hot(here.labels[table[:, 0]], len(manifest.class_names)).float()
+
+    def draw_batch(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        rows = rows.to(plan.device)
+        images = augment_images(here.form_views(rows), train, manifest.dataset.flip, generator)
+        images = apply_normalization(images, manifest.normalization.mean, manifest.normalization.std)
+        targets = labels[rows]
+        if train.mixup_beta > 0:
+            mixing = augment.draw_mixup(generator, len(rows), train.mixup_beta, folded=train.mixup_folded)
+            images = augment.apply_mixup(images, mixing)
+            targets = augment.apply_mixup(targets, mixing)
+        if label_dynamically is not None:
+            targets = label_dynamically(images)
+        return images, targets
+
+    return draw_batch

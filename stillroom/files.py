@@ -1,0 +1,173 @@
+"""Files that are whole or absent: atomic writing, JSON and safetensors whose bytes depend on their content alone."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from stillroom.errors import StillroomError
+
+META_KEY = "meta"  # safetensors keeps no order among metadata keys, so one key holds everything as sorted JSON
+
+
+def write_atomic(path: Path | str, content: bytes) -> None:
+    """Replace the file `path` by `content`: readers, and a machine that loses power, see the old bytes or the new ones.
+
+    Folders on the way are made. Raises StillroomError, with nothing left behind, on a full disk or where writing is
+    not allowed.
+    """
+    path = Path(path)
+    # A random name, because several processes may finish the same unit of work at once.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        remove_if_there(temporary)
+        raise StillroomError(f"cannot write {path}: {_reason(error, path, len(content))}") from error
+    except BaseException:
+        remove_if_there(temporary)
+        raise
+    sync_folder(path.parent)
+
+
+def remove_if_there(path: Path) -> None:
+    """Delete a file; one that is already gone, or cannot be deleted, is left at that."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` outlast a power cut, where the file system is able to."""
+    with contextlib.suppress(OSError):  # Windows and some network file systems cannot sync a folder
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_json(path: Path | str, obj: Any) -> None:
+    """Write `obj` atomically as JSON with sorted keys. Raises StillroomError for NaN, infinities and foreign types."""
+    write_atomic(path, json_bytes(obj, path))
+
+
+def json_bytes(obj: Any, path: Path | str) -> bytes:
+    """The bytes that write_json puts into `path`, which serves the error message only."""
+    try:
+        text = json.dumps(obj, sort_keys=True, indent=2, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise StillroomError(
+            f"cannot write {path}: {error}. JSON holds text, finite numbers, true, false, null, lists and dictionaries."
+        ) from error
+    return (text + "\n").encode()
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file. Raises StillroomError that names `path` where it is missing, unreadable or not strict JSON."""
+    return parse_json(read_bytes(path), path)
+
+
+def parse_json(content: bytes, path: Path | str) -> Any:
+    """The object in `content`, the bytes of `path`. Raises StillroomError for anything but strict JSON in UTF-8."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(content.decode("utf-8"), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise StillroomError(
+            f"{path} is not valid JSON ({error}). It was cut short or edited: restore it, or delete it and run again."
+        ) from error
+
+
+def read_bytes(path: Path | str) -> bytes:
+    """The whole content of a file. Raises StillroomError that names `path` where it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise StillroomError(f"cannot read {path}: {reason}. Check the path and its permissions.") from error
+
+
+def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write `tensors` (any device, shape and dtype) and `meta` (JSON) atomically as safetensors.
+
+    Equal content gives equal bytes. Raises StillroomError where `meta` is not JSON or the file cannot be written.
+    """
+    write_atomic(path, tensor_bytes(tensors, meta, path))
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path | str) -> bytes:
+    """The bytes that save_tensors puts into `path`, which serves the error message only."""
+    try:
+        text = json.dumps(dict(meta), sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise StillroomError(f"cannot write {path}: its meta is not JSON: {error}.") from error
+    # safetensors refuses tensors that share memory or are stored out of order (channels_last), hence the copies.
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return safetensors.torch.save(copies, metadata={META_KEY: text})
+
+
+def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (on the CPU) and meta of a safetensors file; meta is empty where another program wrote the file.
+
+    Raises StillroomError that names `path` where it is missing or damaged. Nothing is unpickled.
+    """
+    return parse_tensors(read_bytes(path), path)
+
+
+def parse_tensors(content: bytes, path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """load_tensors for `content`, the bytes of `path`."""
+    try:
+        tensors = safetensors.torch.load(content)
+        header_size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + header_size])
+        meta = json.loads(header.get("__metadata__", {}).get(META_KEY, "{}"))
+        if not isinstance(meta, dict):
+            raise ValueError("its meta is not a dictionary")
+    except Exception as error:  # the parser raises its own class and several of Python's, all meaning the same
+        raise StillroomError(
+            f"{path} is not a whole safetensors file ({error}). It was cut short or edited: restore it, or delete it "
+            "and run again."
+        ) from error
+    return tensors, meta
+
+
+def sha256_bytes(content: bytes) -> str:
+    """SHA-256 of `content`, 64 hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def sha256_file(path: Path | str) -> str:
+    """SHA-256 of a file, 64 hexadecimal digits. Raises StillroomError that names `path` where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StillroomError(f"cannot read {path}: {error.strerror}. Check the path and its permissions.") from error
+
+
+def _reason(error: OSError, path: Path, size: int) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full or a quota is used up; free {size:,} bytes or choose another directory."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{path.parent} is not writable; choose another directory or change its permissions."
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return f"a file stands where {path.parent} should be a directory; choose another directory."
+    return f"{error.strerror or error}; choose another directory."

@@ -1,0 +1,264 @@
+"""Images as they are stored -> square uint8 colour images, in memory or decoded batch by batch.
+
+How pixels are read, for every source: EXIF orientation is applied; gray is repeated to three channels; transparency is
+composited on white; 16-bit gray v becomes v * 255 / 65535, rounded; palette, CMYK and 16-bit colour are converted as
+Pillow does; of an animation the first frame counts. Formats: PNG, JPEG, WebP, BMP, GIF, TIFF, PPM. An image above
+Pillow's `MAX_IMAGE_PIXELS` is refused as a bad image, and so is one of floating-point pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from stillroom.errors import StillroomError
+from stillroom.readers import ArrayImages, Split, Stored
+
+Resize = Literal["refuse", "squash", "crop"]
+Triple = tuple[float, float, float]
+
+# EPS is left out on purpose: Pillow hands it to an external program.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+
+class Images(Protocol):
+    """The images of one split, wherever they are."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [n], on the CPU."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Tensor) -> Tensor:
+        """`indices` int64 [b] on any device -> uint8 [b, 3, size, size] on the images' device."""
+
+    def to(self, device: torch.device | str) -> Images:
+        """The same images, whose batches come on `device`."""
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryImages:
+    """A whole split as one tensor: `images` uint8 [n, 3, size, size] on any device, `labels` int64 [n] on the CPU."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: Tensor) -> Tensor:
+        """See `Images.batch`."""
+        return self.images[indices.to(self.images.device)]
+
+    def to(self, device: torch.device | str) -> MemoryImages:
+        """See `Images.to`; every pixel moves now."""
+        return replace(self, images=self.images.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class LazyImages:
+    """A split that is decoded batch by batch, by one thread per processor. `rows` int64 [n] are its positions in
+    `stored`. Raises `StillroomError` from `batch` for a bad image or, under "refuse", one of another size."""
+
+    stored: Stored
+    rows: np.ndarray
+    labels: Tensor
+    size: int
+    resize: Resize
+    device: torch.device | str = "cpu"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Tensor) -> Tensor:
+        """See `Images.batch`."""
+        pixels, bad = _decode(self.stored, self.rows[indices.cpu().numpy()], self.size, self.resize)
+        if bad:
+            raise _bad_images([reason for _, reason in bad])
+        return torch.from_numpy(pixels).to(self.device)
+
+    def to(self, device: torch.device | str) -> LazyImages:
+        """See `Images.to`; nothing moves until a batch is asked for."""
+        return replace(self, device=device)
+
+
+def load_images(
+    split: Split,
+    rows: np.ndarray,
+    size: int,
+    resize: Resize,
+    skip_bad_images: bool,
+    memory_limit_bytes: float,
+    count_levels: bool,
+) -> tuple[Images, np.ndarray, np.ndarray]:
+    """-> the images at `rows`, the rows that are left after skipping bad ones, and how often each value 0 ... 255
+    occurs in each channel, int64 [3, 256] (zeros unless `count_levels`).
+
+    Lazy images are decoded here only where something needs all of them: counting, or skipping bad ones.
+    """
+    stored = split.images
+    levels = np.zeros((3, 256), np.int64)
+    if isinstance(stored, ArrayImages) and stored.pixels.shape[1:3] == (size, size):
+        images = torch.from_numpy(stored.pixels[rows]).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
+        if count_levels:
+            levels += _levels(images)
+        return MemoryImages(images, _labels(split, rows)), rows, levels
+
+    image_bytes = 3 * size * size
+    lazy = not isinstance(stored, ArrayImages) and len(rows) * image_bytes > memory_limit_bytes
+    images = torch.empty((0 if lazy else len(rows), 3, size, size), dtype=torch.uint8)
+    is_good = np.ones(len(rows), bool)
+    reasons: list[str] = []
+    filled = 0
+    chunk = max(1, 2**26 // image_bytes)  # 64 MiB of pixels at a time
+    for start in range(0, len(rows) if not lazy or count_levels or skip_bad_images else 0, chunk):
+        pixels, bad = _decode(stored, rows[start : start + chunk], size, resize)
+        for position, reason in bad:
+            is_good[start + position] = False
+            reasons.append(reason)
+        good = torch.from_numpy(pixels[is_good[start : start + chunk]])
+        if count_levels:
+            levels += _levels(good)
+        if not lazy:
+            images[filled : filled + len(good)] = good
+            filled += len(good)
+    if reasons and not skip_bad_images:
+        raise _bad_images(reasons)
+    rows = rows[is_good]
+    if lazy:
+        return LazyImages(stored, rows, _labels(split, rows), size, resize), rows, levels
+    return MemoryImages(images[:filled].clone() if reasons else images, _labels(split, rows)), rows, levels
+
+
+def _labels(split: Split, rows: np.ndarray) -> Tensor:
+    return torch.from_numpy(split.labels[rows].astype(np.int64))
+
+
+def _levels(images: Tensor) -> np.ndarray:
+    return np.stack([torch.bincount(images[:, c].flatten(), minlength=256).numpy() for c in range(3)])
+
+
+def mean_and_std(levels: np.ndarray) -> tuple[Triple, Triple]:
+    """Exact up to the last division, so that the order in which images were counted cannot matter."""
+    values = np.arange(256) / 255
+    weights = levels / levels.sum(axis=1, keepdims=True)
+    mean = weights @ values
+    std = np.sqrt((weights * (values - mean[:, None]) ** 2).sum(axis=1))
+    std[std == 0] = 1.0
+    (r, g, b), (r_std, g_std, b_std) = mean.tolist(), std.tolist()
+    return (r, g, b), (r_std, g_std, b_std)
+
+
+@contextmanager
+def _pillow_warnings() -> Iterator[None]:
+    """Silence Pillow on odd metadata, and make an error of its warning that an image is too large."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def _open_image(item: Path | bytes | np.ndarray | None) -> Image.Image:
+    if item is None:
+        raise ValueError("no bytes are stored")
+    if isinstance(item, np.ndarray):
+        return Image.fromarray(item[..., 0] if item.shape[-1] == 1 else item)
+    return Image.open(item if isinstance(item, Path) else io.BytesIO(item), formats=FORMATS)
+
+
+def _is_gray(image: Image.Image) -> bool:
+    return image.mode in ("1", "L", "LA") or image.mode.startswith("I")
+
+
+def first_size(stored: Stored, rows: np.ndarray) -> tuple[int, int, int]:
+    """Height, width and native channels (1 or 3) of the first image whose header can be read."""
+    failure = "there are none"
+    with _pillow_warnings():
+        for row in rows:
+            try:
+                with _open_image(stored.fetch(np.array([row]))[0]) as image:
+                    return image.height, image.width, 1 if _is_gray(image) else 3
+            except StillroomError:
+                raise
+            except Exception as error:  # see _decode
+                failure = _reason(stored, row, error)
+    raise StillroomError(f"None of the {len(rows)} training images can be read; the last failure: {failure}")
+
+
+def _decode(stored: Stored, rows: np.ndarray, size: int, resize: Resize) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    """-> uint8 [len(rows), 3, size, size], and (position, reason) of each bad image, whose pixels are 0."""
+    items = stored.fetch(rows)
+    pixels = np.zeros((len(rows), 3, size, size), np.uint8)
+    bad: list[tuple[int, str]] = []
+
+    def work(positions: np.ndarray) -> None:
+        for position in positions:
+            # Damaged files make Pillow's plugins raise nearly anything: OSError, SyntaxError, struct.error, KeyError.
+            try:
+                with _open_image(items[position]) as image:
+                    colour = _to_rgb(ImageOps.exif_transpose(image))
+            except Exception as error:
+                bad.append((int(position), _reason(stored, rows[position], error)))
+            else:
+                square = _to_square(colour, size, resize, stored, rows[position])
+                pixels[position] = np.asarray(square).transpose(2, 0, 1)
+
+    workers = max(1, min(os.cpu_count() or 1, 16, len(rows)))
+    with _pillow_warnings(), ThreadPoolExecutor(workers) as pool:
+        list(pool.map(work, np.array_split(np.arange(len(rows)), workers)))
+    return pixels, sorted(bad)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Colours by the rules at the top of this module."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"gray values {values.min()} ... {values.max()} do not fit 16 bits")
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        colour = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_square(image: Image.Image, size: int, resize: Resize, stored: Stored, row: int) -> Image.Image:
+    width, height = image.size
+    if (width, height) == (size, size):
+        return image
+    if resize == "refuse":
+        raise StillroomError(
+            f"{stored.name(row)} is {width}x{height} pixels (width x height), not {size}x{size}. Pass --data.resize "
+            "crop or --data.resize squash, or another --data.image-size."
+        )
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    box = (left, top, left + side, top + side) if resize == "crop" else None
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+
+
+def _reason(stored: Stored, row: int, error: Exception) -> str:
+    what = "not an image of a known format" if isinstance(error, UnidentifiedImageError) else f"{error!r}"
+    return f"{stored.name(row)}: {what}"
+
+
+def _bad_images(reasons: list[str]) -> StillroomError:
+    shown = "; ".join(reasons[:5]) + ("; ..." if len(reasons) > 5 else "")
+    return StillroomError(
+        f"{len(reasons)} images cannot be read: {shown}. Replace them, or leave them out with --data.skip-bad-images."
+    )

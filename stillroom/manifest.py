@@ -1,0 +1,290 @@
+"""manifest.json: what a distilled set says about itself, and the only list of the files that belong to it.
+
+The dataclasses are the schema: their fields are exactly the keys of the file, and both directions run the same checks.
+A method that needs more (float pixels, a learned learning rate, labels stored epoch by epoch) adds a value to a
+`Literal` or, where reading does not depend on it, a key to `extra`; anything else raises SCHEMA_VERSION.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import platform
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from stillroom.errors import StillroomError, suggest
+from stillroom.files import json_bytes, parse_json, read_bytes, sha256_bytes
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA_VERSION = 1
+SEAL_KEY = "manifest_sha256"  # of the manifest's own bytes without this key
+LARGEST_FILE = 2**46  # bytes; more than any image set that was ever distilled
+LIBRARIES = ("stillroom", "torch", "torchvision", "timm", "numpy", "pillow", "pyarrow", "safetensors")
+
+LabelKind = Literal["hard", "static", "dynamic"]
+ViewEncoding = Literal["exact", "jpeg75"]
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide the bits of a result; none of them is imported."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise StillroomError(message)
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Per-channel mean and standard deviation of the real training images, in [0, 1] pixel units."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            values = tuple(map(float, getattr(self, name)))  # 1 and 1.0 are one value but not the same bytes of JSON
+            object.__setattr__(self, name, values)
+            _require(
+                len(values) == 3 and all(math.isfinite(value) for value in values),
+                f"normalization.{name} is {values}, but needs three finite numbers, one per channel.",
+            )
+        _require(min(self.std) > 0, f"normalization.std is {self.std}, but must be above zero.")
+
+
+@dataclass(frozen=True)
+class RealFacts:
+    """The real training set: what it was, and the sizes that compression ratios compare with.
+
+    `fingerprint` is a hash of its content; `raw_bytes` counts uint8 pixels, `stored_bytes` its files; `flip` says
+    whether a mirrored image keeps its class.
+    """
+
+    name: str
+    fingerprint: str
+    images: int
+    raw_bytes: int
+    stored_bytes: int
+    flip: bool
+
+    def __post_init__(self) -> None:
+        for name in ("images", "raw_bytes", "stored_bytes"):
+            _require(getattr(self, name) > 0, f"dataset.{name} is {getattr(self, name)}, but must be above zero.")
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """A teacher: its network, its top-1 accuracy on the real test split in percent, the hash of its weights."""
+
+    name: str
+    accuracy: float
+    hash: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "accuracy", float(self.accuracy))
+        _require(
+            0 <= self.accuracy <= 100,
+            f"accuracy of teacher {self.name!r} is {self.accuracy}, but must lie between 0 and 100 percent.",
+        )
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """How a student's view is formed.
+
+    `naturals_as_views`: images are views too, beside image + compensator. `clip`: views are cut to [0, 1].
+    `view_encoding`: "exact", or "jpeg75": 8 bit and JPEG of quality 75, as the published scripts store theirs.
+    `order` of the views, and so of the label rows: the images, then one block per teacher, images in order in each.
+    """
+
+    naturals_as_views: bool = True
+    clip: bool = True
+    view_encoding: ViewEncoding = "exact"
+    order: Literal["naturals_then_teachers"] = "naturals_then_teachers"
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """One file of the set: its name, size in bytes and SHA-256, and what it holds.
+
+    `entries` counts images, compensators or label rows, `raw_bytes` what their tensors take in memory as stored (uint8
+    pixels; float16, or 8-bit codes with their scales; float16 logits). Both are 0 for the card.
+    """
+
+    name: str
+    bytes: int
+    sha256: str
+    entries: int
+    raw_bytes: int
+
+    def __post_init__(self) -> None:
+        _require(0 < self.bytes <= LARGEST_FILE, f"file {self.name!r} cannot have {self.bytes} bytes.")
+        for name in ("entries", "raw_bytes"):
+            count = getattr(self, name)
+            _require(0 <= count <= LARGEST_FILE, f"file {self.name!r} cannot have {name} {count}.")
+        _require(
+            re.fullmatch(r"[0-9a-f]{64}", self.sha256) is not None,
+            f"sha256 of file {self.name!r} is {self.sha256!r}, but must have 64 hexadecimal digits.",
+        )
+
+
+# The whole list of names a manifest may hold: data files carry their hash, the card has the name that hubs look for.
+FILE_NAMES = {
+    "images": "images-{hash}.parquet",
+    "compensators": "compensators-{hash}.safetensors",
+    "labels": "labels-{hash}.safetensors",
+    "contact_sheet": "contact_sheet.png",
+    "card": "README.md",
+}
+CARD_ROLES = ("contact_sheet", "card")
+
+
+def file_name(role: str, sha256: str) -> str:
+    """The only name that the file of this role and content may have."""
+    return FILE_NAMES[role].format(hash=sha256[:12])
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a distilled set is made of and how it came to be; `files` is filled when it is saved.
+
+    `recipe` holds the resolved settings of the method and `extra` anything else that JSON can hold and that reading
+    the set does not depend on. `class_names` stand in label order, `image_size` is (height, width), `ipc` the budget in
+    images per class. `label_kind`: "hard" (the class), "static" (soft labels stored, one per view) or "dynamic"
+    (teachers label every augmented batch). Raises StillroomError for values that no distilled set can have.
+    """
+
+    method: str
+    recipe: dict[str, Any]
+    dataset: RealFacts
+    class_names: tuple[str, ...]
+    normalization: Normalization
+    image_size: tuple[int, ...]
+    ipc: int
+    teachers: tuple[TeacherFacts, ...] = ()
+    seeds: dict[str, int] = field(default_factory=dict)
+    views: ViewSettings = ViewSettings()
+    label_kind: LabelKind = "hard"
+    pixel_encoding: Literal["uint8"] = "uint8"
+    image_encoding: Literal["png"] = "png"
+    libraries: dict[str, str] = field(default_factory=library_versions)
+    extra: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, FileFacts] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("recipe", "extra"):
+            try:
+                as_read_back = json.loads(json.dumps(getattr(self, name), allow_nan=False))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise StillroomError(f"{name} of the manifest must be plain JSON: {error}.") from error
+            object.__setattr__(self, name, as_read_back)  # tuples become lists now, not at the next load
+        for name in ("class_names", "image_size", "teachers"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        _require(len(self.class_names) > 0, "class_names is empty: give the names in label order.")
+        repeated = [name for name, count in Counter(self.class_names).items() if count > 1][:5]
+        _require(not repeated, f"class_names holds {repeated} more than once: give every class a name of its own.")
+        _require(
+            len(self.image_size) == 2 and all(0 < side <= 2**14 for side in self.image_size),
+            f"image_size is {self.image_size}, but must be (height, width) between 1 and {2**14} pixels.",
+        )
+        _require(self.ipc > 0, f"ipc is {self.ipc}, but must be at least 1.")
+        for name, value, kind in (
+            ("label_kind", self.label_kind, LabelKind),
+            ("views.view_encoding", self.views.view_encoding, ViewEncoding),
+        ):
+            _require(value in get_args(kind), f"{name} {value!r} is not known." + suggest(str(value), get_args(kind)))
+        for role, facts in self.files.items():
+            _require(role in FILE_NAMES, f"files.{role} is not known." + suggest(role, FILE_NAMES))
+            expected = file_name(role, facts.sha256)
+            _require(
+                facts.name == expected,
+                f"files.{role}.name is {facts.name!r}, but its content is only ever stored as {expected!r}.",
+            )
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of manifest.json, which end up holding their own hash: equal manifests give equal bytes."""
+    return _seal(dataclasses.asdict(manifest))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `folder`/manifest.json. Raises StillroomError that names the file and the key."""
+    path = folder / MANIFEST_NAME
+    _require(
+        path.is_file() and not path.is_symlink(),
+        f"{folder} is not a distilled set: it holds no file {MANIFEST_NAME}. Give the folder that a save has written.",
+    )
+    return parse_manifest(read_bytes(path), path)
+
+
+def parse_manifest(content: bytes, path: Path) -> Manifest:
+    """read_manifest for `content`, the bytes of `path`."""
+    obj = parse_json(content, path)
+    _require(isinstance(obj, dict), f"{path} holds {type(obj).__name__}, but a manifest is a JSON object.")
+    version = obj.get("schema_version")
+    _require(version is not None, f"{path} is not the manifest of a distilled set: it has no schema_version.")
+    _require(
+        type(version) is int and version == SCHEMA_VERSION,
+        f"{path} has schema_version {str(version)[:40]!r}, but this stillroom reads version {SCHEMA_VERSION}: install "
+        "the version that wrote it.",
+    )
+    unsealed = {key: value for key, value in obj.items() if key != SEAL_KEY}
+    _require(
+        content == _seal(unsealed, path),
+        f"{path} was changed after it was written: its own hash does not fit. Restore it or save the set again.",
+    )
+    try:
+        manifest: Manifest = _parse(Manifest, unsealed, "")
+    except StillroomError as error:
+        raise StillroomError(f"{path}: {error}") from error
+    return manifest
+
+
+def _seal(obj: dict[str, Any], path: Path = Path(MANIFEST_NAME)) -> bytes:
+    return json_bytes(obj | {SEAL_KEY: sha256_bytes(json_bytes(obj, path))}, path)
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    """Turn JSON into an object of the type `kind`, as the schema's annotations spell it."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        if isinstance(value, dict):
+            hints = get_type_hints(kind)
+            missing, unknown = sorted(hints.keys() - value.keys()), sorted(value.keys() - hints.keys())
+            _require(not missing, f"{where or 'manifest'} lacks {', '.join(missing)}: it was edited or cut.")
+            _require(not unknown, f"{where or 'manifest'} has an unknown key {(unknown or [''])[0]!r:.80}.")
+            return kind(**{key: _parse(hints[key], item, f"{where}.{key}".strip(".")) for key, item in value.items()})
+        expected = "an object"
+    elif origin is Literal:
+        if isinstance(value, str) and value in arguments:
+            return value
+        expected = "one of " + ", ".join(map(repr, arguments)) + "; anything else needs a newer stillroom"
+    elif origin is tuple:
+        if isinstance(value, list):
+            return tuple(_parse(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+        expected = "a list"
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+        expected = "an object"
+    else:
+        if type(value) is kind or (kind is float and type(value) is int and abs(value) < 2**53):
+            return kind(value)
+        expected = f"of type {kind.__name__}"
+    raise StillroomError(f"{where} is {value!r:.80}, but must be {expected}.")

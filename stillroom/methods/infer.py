@@ -1,0 +1,228 @@
+"""INFER: one additive compensator per teacher and slot, shared by all classes (Zhang et al., ICLR 2025, Algorithm 1).
+
+paper                         here
+P^k, a slot's instances       naturals: one real image per class, in slots 0 ... K-1
+u_j, UFC                      compensator [3, height, width], one per teacher and slot
+s~_i = x_i + u_j (Eq. 2)      view; the naturals themselves are views too, as in the published scripts
+l + alpha L_BN   (Eq. 3, 4)   label loss + statistics_weight * statistics loss; see methods/recover.py
+Y^k              (Eq. 6)      static labels; see labels.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stillroom import augment
+from stillroom.compute import Plan, build_generator
+from stillroom.data import RealData
+from stillroom.distilled import DistilledSet, quantize_compensators
+from stillroom.errors import StillroomError
+from stillroom.manifest import ViewSettings
+from stillroom.methods.recover import Recorder, build_objective, check_has_batchnorm, cosine_rate
+from stillroom.methods.select import describe_set, draw_naturals, take_naturals
+from stillroom.run import Run
+from stillroom.teachers import Teacher
+from stillroom.train import apply_normalization
+
+
+@dataclass(frozen=True)
+class InferConfig:
+    """Algorithm 1's settings; the defaults are those of CIFAR in Table 5 and in the published scripts."""
+
+    steps: int = 1000
+    learning_rate: float = 0.25  # in units of the channels' standard deviation
+    betas: tuple[float, float] = (0.5, 0.9)
+    statistics_weight: float = 1.0  # alpha of Equation 3: 1 for CIFAR, 0.01 for ImageNet (the paper gives none)
+    first_layer_weight: float = 10.0  # of the first BatchNorm in the statistics loss; in the scripts, not in the paper
+    augmentation: Literal["none", "shift", "resized_crop"] = "shift"  # shift: circular, one-sided, as in the scripts
+    shift_limit: int = 4  # pixels
+    per_image: bool = False  # whether each image has a draw of its own; the scripts draw once per batch
+    naturals_as_views: bool = True  # as in the scripts; the paper's Equation 2 has the compensated views only
+    clip: bool = True  # views are cut to valid pixels; the optimisation never is
+    view_encoding: Literal["exact", "jpeg75"] = "exact"  # jpeg75: what the scripts' 8-bit files leave of a view
+    compensator_bits: Literal[16, 8] = 16
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise StillroomError(f"infer.steps is {self.steps}; give 1 or more")
+        if not self.learning_rate > 0:
+            raise StillroomError(f"infer.learning_rate is {self.learning_rate}; give a positive number such as 0.25")
+        if self.statistics_weight < 0 or self.first_layer_weight < 0:
+            raise StillroomError("infer.statistics_weight and infer.first_layer_weight must be 0 or more")
+        if self.shift_limit < 0:
+            raise StillroomError(f"infer.shift_limit is {self.shift_limit}; give 0 or more pixels")
+
+
+def slot_count(ipc: int, classes: int, teachers: int) -> int:
+    """Return K, the number of slots that `ipc` images per class pay for: naturals and compensators both count.
+
+    ``floor(ipc C / (C + M))`` (Section 4.1) in integers: the published scripts' ``int(ipc / (M / C + 1))`` loses a slot
+    to rounding (C = 10, M = 1, ipc = 33 gives 29, not 30). Raises StillroomError where K would be 0.
+    """
+    slots = ipc * classes // (classes + teachers)
+    if slots < 1:
+        smallest = -(-(classes + teachers) // classes)
+        raise StillroomError(
+            f"ipc {ipc} is too small for INFER: with {classes} classes the images of {teachers} compensators per slot "
+            f"leave no slot; the smallest ipc that works is {smallest}, or use fewer teachers"
+        )
+    return slots
+
+
+def check(real: RealData, teachers: list[Teacher], ipc: int) -> int:
+    """Return K, or raise StillroomError for what cannot be distilled, before any work is spent."""
+    if not teachers:
+        raise StillroomError("INFER needs at least one teacher; see teachers.networks")
+    for teacher in teachers:
+        check_has_batchnorm(teacher.name, teacher.model)
+    return slot_count(ipc, real.classes, len(teachers))
+
+
+def distill(
+    real: RealData, teachers: list[Teacher], ipc: int, config: InferConfig, seed: int, plan: Plan, run: Run
+) -> DistilledSet:
+    """Return the distilled set of Algorithm 1, without labels (labels.py makes those from its views).
+
+    A unit of work is one teacher and `plan.pack_slots` slots; finished units are read back, an unfinished one goes on.
+    Raises StillroomError for bad input and where a loss is not finite, TimeLimitReached where the run is to stop.
+    """
+    slots = check(real, teachers, ipc)
+    chosen = draw_naturals(real, slots, seed)  # [slots, classes]
+    images, labels = take_naturals(real, chosen)
+    naturals = images.unflatten(0, (slots, real.classes))  # uint8 [slots, classes, 3, height, width]
+    rows = []
+    for teacher in teachers:
+        parts = []
+        for first in range(0, slots, plan.pack_slots):
+            packed = range(first, min(first + plan.pack_slots, slots))
+            unit = f"compensators-{teacher.name.replace(':', '-')}-{packed.start}-{packed.stop}"
+            if not run.unit_done(unit):
+                tensors = optimize_compensators(
+                    teacher, naturals[packed.start : packed.stop], packed, real, config, seed, plan, run, unit
+                )
+                run.finish_unit(unit, {"teacher": teacher.name, "slots": list(packed)}, tensors)
+            else:
+                _, tensors = run.load_unit(unit)
+            parts.append(tensors["compensators"])
+            run.check_time()
+        rows.append(torch.cat(parts))
+    compensators = torch.stack(rows) * torch.tensor(real.std).view(3, 1, 1)  # to [0, 1] pixel units
+    manifest = describe_set(
+        "infer",
+        {"infer": asdict(config)},
+        real,
+        ipc,
+        seed,
+        teachers,
+        ViewSettings(config.naturals_as_views, config.clip, config.view_encoding),
+    )
+    stored = quantize_compensators(compensators, config.compensator_bits)
+    slot_of = torch.arange(slots).repeat_interleave(real.classes)
+    return DistilledSet(images, labels, slot_of, stored, None, manifest)
+
+
+def optimize_compensators(
+    teacher: Teacher,
+    naturals: Tensor,
+    packed: range,
+    real: RealData,
+    config: InferConfig,
+    seed: int,
+    plan: Plan,
+    run: Run,
+    unit: str,
+) -> dict[str, Tensor]:
+    """Optimise the compensators of the slots `packed` for one teacher (Equation 3), all in one batch.
+
+    naturals: uint8 [slots, classes, 3, height, width]. Returns on the CPU "compensators" float32 [slots, 3, height,
+    width] in units of the channels' standard deviation, and "losses" float32 [steps, 2, slots]: label loss, weighted
+    statistics loss. Each slot has its own statistics, loss and draws: the packing changes only the rounding.
+    """
+    slots, classes = naturals.shape[:2]
+    images = apply_normalization(naturals.flatten(0, 1).to(plan.device), real.mean, real.std).unflatten(0, (slots, -1))
+    labels = torch.arange(classes, device=plan.device).repeat(slots)
+    compensators = torch.zeros(slots, *images.shape[2:], device=plan.device, requires_grad=True)
+    optimizer = torch.optim.Adam([compensators], config.learning_rate, betas=config.betas, fused=plan.device != "mps")
+    losses = torch.zeros(config.steps, 2, slots, device=plan.device)
+    checkpoint = run.checkpoint(unit)
+    first = 0
+    if stored := checkpoint.load():
+        first = _restore(stored, compensators, optimizer, losses)
+    recorder = Recorder(teacher.model, slots, config.first_layer_weight)
+    objective = build_objective(recorder, slots, config.statistics_weight)
+
+    def compute_losses(views: Tensor) -> tuple[Tensor, Tensor]:
+        with plan.autocast():
+            return objective(views, labels)
+
+    compute_losses = plan.compiled(compute_losses, config.steps)
+    label = f"compensators {teacher.name} {packed.start}-{packed.stop - 1}"
+    with run.progress(label, config.steps, first) as advance:
+        for step in range(first, config.steps):
+            optimizer.param_groups[0]["lr"] = cosine_rate(config.learning_rate, step, config.steps)
+            views = images + compensators[:, None]  # Equation 2: [slots, classes, 3, height, width]
+            views = torch.cat(
+                [
+                    _augment(views[i], config, build_generator(seed, "compensators", teacher.name, slot, step))
+                    for i, slot in enumerate(packed)
+                ]
+            )
+            label_loss, statistics_loss = compute_losses(views.contiguous(memory_format=plan.memory_format))
+            (label_loss + statistics_loss).sum().backward()  # slots do not touch each other: the sum packs them
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses[step, 0], losses[step, 1] = label_loss.detach(), statistics_loss.detach()
+            advance()
+            if step < config.steps - 1 and (checkpoint.due or run.stopping):
+                _check_finite(losses[: step + 1], label, config)
+                state = {name: torch.as_tensor(v) for name, v in optimizer.state[compensators].items()}
+                checkpoint.save({"compensators": compensators.detach(), "losses": losses, **state}, {"step": step + 1})
+                if run.stopping:
+                    raise run.stop()
+    _check_finite(losses, label, config)
+    run.event("compensators", teacher=teacher.name, slots=list(packed), losses=losses[-1].tolist())
+    return {"compensators": compensators.detach().cpu(), "losses": losses.cpu()}
+
+
+def _augment(views: Tensor, config: InferConfig, generator: torch.Generator) -> Tensor:
+    """Augment one slot's views [classes, 3, height, width] with draws of that slot and step alone."""
+    batch, height, width = views.shape[0], views.shape[-2], views.shape[-1]
+    if config.augmentation == "shift":
+        if config.per_image:
+            return augment.apply_shifts(views, augment.draw_shifts(generator, batch, config.shift_limit))
+        return augment.apply_shift(views, augment.draw_shift(generator, config.shift_limit))
+    if config.augmentation == "resized_crop":
+        boxes = augment.draw_resized_crops(generator, batch, height, width, per_image=config.per_image)
+        views = augment.apply_resized_crops(views, boxes, height)
+        return augment.apply_flips(views, augment.draw_flips(generator, batch, per_image=config.per_image))
+    return views
+
+
+def _restore(
+    stored: tuple[dict[str, Tensor], dict[str, int]],
+    compensators: Tensor,
+    optimizer: torch.optim.Optimizer,
+    losses: Tensor,
+) -> int:
+    """Put a checkpoint back; return the step to go on with."""
+    tensors, state = stored
+    with torch.no_grad():
+        compensators.copy_(tensors.pop("compensators"))
+        losses.copy_(tensors.pop("losses"))
+    optimizer.load_state_dict({"state": {0: tensors}, "param_groups": optimizer.state_dict()["param_groups"]})
+    return state["step"]
+
+
+def _check_finite(losses: Tensor, label: str, config: InferConfig) -> None:
+    bad = (~losses.isfinite()).any(dim=1).nonzero()
+    if len(bad):
+        step, slot = bad[0].tolist()
+        raise StillroomError(
+            f"the loss of {label} is not finite from step {step} on (slot {slot} of this unit); check the teacher, "
+            f"lower infer.learning_rate (now {config.learning_rate}) or use --compute.precision float32. Finished "
+            "units are kept."
+        )

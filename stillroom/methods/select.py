@@ -1,0 +1,91 @@
+"""Selection: distilled sets made of real images as they are. `random` is the control beside every method.
+
+INFER's naturals come from here too, by the same draw: its K naturals per class are the first K of the random control's
+ipc, so that the two differ in what INFER adds and not in luck.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stillroom.compute import Plan, build_generator
+from stillroom.data import RealData
+from stillroom.distilled import DistilledSet
+from stillroom.errors import StillroomError
+from stillroom.manifest import Manifest, Normalization, RealFacts, TeacherFacts, ViewSettings
+from stillroom.run import Run
+from stillroom.teachers import Teacher
+
+
+@dataclass(frozen=True)
+class RandomConfig:
+    """Random images need no settings."""
+
+
+def draw_naturals(real: RealData, per_class: int, seed: int) -> Tensor:
+    """Return int64 [per_class, classes]: positions in the training split, without replacement, one per slot and class.
+
+    Each class's order is a draw of its own, so asking for more keeps what fewer gave. Raises StillroomError where a
+    class has fewer than `per_class` images, naming it.
+    """
+    columns = []
+    short = {}
+    for index, name in enumerate(real.class_names):
+        where = (real.train.labels == index).nonzero().flatten()
+        if len(where) < per_class:
+            short[name] = len(where)
+            continue
+        order = torch.randperm(len(where), generator=build_generator(seed, "naturals", index))
+        columns.append(where[order[:per_class]])
+    if short:
+        shown = ", ".join(f"{name!r} has {count}" for name, count in list(short.items())[:5])
+        raise StillroomError(
+            f"{per_class} images per class are needed, but {shown}"
+            f"{f' and {len(short) - 5} more classes are short' if len(short) > 5 else ''}; "
+            "lower --ipc, or add images to these classes"
+        )
+    return torch.stack(columns, dim=1)
+
+
+def take_naturals(real: RealData, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Return images uint8 [slots * classes, 3, height, width] and labels int64, slot by slot in class order."""
+    flat = chosen.flatten()
+    return real.train.batch(flat).cpu(), real.train.labels[flat]
+
+
+def describe_set(
+    method: str,
+    settings: dict[str, Any],
+    real: RealData,
+    ipc: int,
+    seed: int,
+    teachers: list[Teacher],
+    views: ViewSettings,
+) -> Manifest:
+    """Return the manifest of a set that `method` made."""
+    return Manifest(
+        method=method,
+        recipe=settings,
+        dataset=RealFacts(real.name, real.fingerprint, len(real.train), real.raw_bytes, real.stored_bytes, real.flip),
+        class_names=real.class_names,
+        normalization=Normalization(real.mean, real.std),
+        image_size=(real.image_size, real.image_size),
+        ipc=ipc,
+        teachers=tuple(TeacherFacts(t.name, 100 * t.accuracy["top1"], t.hash) for t in teachers),
+        seeds={"distill": seed},
+        views=views,
+    )
+
+
+def distill_random(
+    real: RealData, teachers: list[Teacher], ipc: int, config: RandomConfig, seed: int, plan: Plan, run: Run
+) -> DistilledSet:
+    """Return `ipc` random real images per class. The teachers only label it, later, and are recorded."""
+    images, labels = take_naturals(real, draw_naturals(real, ipc, seed))
+    slots = torch.arange(ipc).repeat_interleave(real.classes)
+    manifest = describe_set("random", {"random": asdict(config)}, real, ipc, seed, teachers, ViewSettings())
+    return DistilledSet(images, labels, slots, None, None, manifest)

@@ -1,0 +1,219 @@
+"""A recipe from end to end: real data, teachers, distilled set, labels, students, and the controls beside them.
+
+    results = run_recipe(find_recipe("digits"), Run(Path("runs/digits")))
+
+Every stage is made of units that the run keeps; the same command after an interruption goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from stillroom.compute import Plan, resolve_plan
+from stillroom.data import RealData, load_real
+from stillroom.distilled import DistilledSet, count_bytes, load_distilled
+from stillroom.errors import StillroomError
+from stillroom.evaluate import Evaluation, evaluate, steps_per_epoch
+from stillroom.files import write_json
+from stillroom.labels import attach_labels
+from stillroom.manifest import library_versions
+from stillroom.methods import METHODS, infer
+from stillroom.networks import build_network
+from stillroom.recipes import EXPECTED, Recipe
+from stillroom.run import Run
+from stillroom.teachers import Teacher, load_teachers
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of a run's table: a set, a kind of label, a budget of optimiser steps."""
+
+    name: str
+    set: str  # infer, random, naturals
+    labels: str
+    budget: str  # "own", "equal epochs" or "equal steps" (to the method's)
+    distilled: DistilledSet
+    total_steps: int | None
+
+
+def open_stages(recipe: Recipe, run: Run) -> tuple[RealData, Plan]:
+    """Load the data and fix the numerical plan, refusing what cannot work before any work is spent."""
+    plan = resolve_plan(recipe.compute, run.notice)
+    settings = {k: v for k, v in asdict(recipe).items() if k != "compute"}
+    plan = Plan(**run.bind_config(settings, plan.as_dict()))
+    plan.activate()
+    real = load_real(recipe.data)
+    if real.skipped_images:
+        run.notice(f"{real.skipped_images} images of {real.name!r} could not be read and were left out")
+    check_recipe(recipe, real)
+    return real, plan
+
+
+def check_recipe(recipe: Recipe, real: RealData) -> None:
+    """Raise StillroomError for a recipe that this data cannot be distilled by, before any teacher is trained."""
+    build_network(recipe.student.network, real.classes, real.image_size)
+    models = {name: build_network(name, real.classes, real.image_size) for name in recipe.teachers.networks}
+    needed = recipe.ipc
+    if recipe.method == "infer":
+        for name, model in models.items():
+            infer.check_has_batchnorm(name, model)
+        slots = infer.slot_count(recipe.ipc, real.classes, len(models))
+        needed = recipe.ipc if recipe.controls else slots
+    counts = real.train.labels.bincount(minlength=real.classes)
+    if int(counts.min()) < needed:
+        index = int(counts.argmin())
+        raise StillroomError(
+            f"class {real.class_names[index]!r} has {int(counts[index])} training images, but ipc {recipe.ipc} "
+            f"needs {needed}; lower --ipc to {int(counts[index])} or add images"
+        )
+
+
+def distill_recipe(recipe: Recipe, run: Run, real: RealData, teachers: list[Teacher], plan: Plan) -> DistilledSet:
+    """Return the recipe's distilled set with labels as far as they can be stored, saved in the run's directory."""
+    _, distill = METHODS[recipe.method]
+    config = recipe.infer if recipe.method == "infer" else METHODS[recipe.method][0]()
+    distilled = distill(real, teachers, recipe.ipc, config, recipe.distill_seed, plan, run)
+    kind = next((k for k in recipe.labels if k == "static"), recipe.labels[0])
+    distilled = attach_labels(distilled, kind, teachers, plan, run)
+    if run.directory is not None:
+        distilled.save(run.directory / "distilled")
+        distilled = load_distilled(run.directory / "distilled")  # students train on what is stored
+    return distilled
+
+
+def run_recipe(recipe: Recipe, run: Run, name: str = "custom") -> dict[str, Any]:
+    """Carry out `recipe` in `run` and return its results, which are also written to results.json."""
+    real, plan = open_stages(recipe, run)
+    teachers = load_teachers(real, recipe.teachers, plan, run)
+    distilled = distill_recipe(recipe, run, real, teachers, plan)
+    rows = []
+    for cell in build_cells(recipe, distilled, real, teachers, plan, run):
+        evaluation = evaluate(
+            cell.distilled,
+            real,
+            recipe.student,
+            recipe.seeds,
+            plan,
+            run,
+            teachers=teachers,
+            total_steps=cell.total_steps,
+            cell=cell.name,
+        )
+        rows.append(_row(cell, evaluation))
+        run.event("cell", **rows[-1])
+    results = {
+        "recipe": name,
+        "dataset": {"name": real.name, "classes": real.classes, "train": len(real.train), "test": len(real.test)},
+        "teachers": {t.name: {k: round(100 * v, 2) for k, v in t.accuracy.items()} for t in teachers},
+        "ipc": recipe.ipc,
+        "seeds": list(recipe.seeds),
+        "student": recipe.student.network,
+        "bytes": _budget(distilled),
+        "cells": rows,
+        "paper": EXPECTED.get(name, {}),
+        "provenance": provenance(plan),
+        "settings": asdict(recipe),
+    }
+    if run.directory is not None:
+        write_json(run.directory / "results.json", results)
+    return results
+
+
+def build_cells(
+    recipe: Recipe, distilled: DistilledSet, real: RealData, teachers: list[Teacher], plan: Plan, run: Run
+) -> list[Cell]:
+    """Return the rows of the run's table: the set under each kind of label, and its controls.
+
+    Controls: random images with hard labels, random images with the same labels, and, for INFER, its naturals without
+    compensators; at the epochs of the method and at its optimiser steps, since it has M + 1 times as many views.
+    """
+    method = recipe.method
+    sets: dict[str, DistilledSet] = {method: distilled}
+    if recipe.controls:
+        if method == "infer":
+            sets["naturals"] = dataclasses.replace(
+                distilled.with_labels(None), compensators=None,
+                manifest=replace(distilled.manifest, views=replace(distilled.manifest.views, naturals_as_views=True),
+                                 label_kind="hard", files={}),
+            )  # fmt: skip
+        if method != "random":
+            config, distill = METHODS["random"]
+            sets["random"] = distill(real, teachers, recipe.ipc, config(), recipe.distill_seed, plan, run)
+    cells: list[Cell] = []
+    for labels in recipe.labels:
+        own = relabel(sets[method], labels, teachers, plan, run)
+        train = recipe.student.train_for(labels)
+        steps = train.epochs * steps_per_epoch(own, train.batch_size)
+        cells.append(Cell(f"{method}-{labels}", method, labels, "own", own, None))
+        controls = [("random", "hard"), ("random", labels), ("naturals", labels)]
+        for name, kind in dict.fromkeys(controls):
+            if name == method or name not in sets:
+                continue
+            control = relabel(sets[name], kind, teachers, plan, run)
+            epochs_steps = train.epochs * steps_per_epoch(control, train.batch_size)
+            for budget, total in (("equal epochs", epochs_steps), ("equal steps", steps)):
+                cell = f"{name}-{kind}-{total}"
+                if not any(c.name == cell for c in cells):
+                    cells.append(Cell(cell, name, kind, f"{budget} ({labels})", control, total))
+    return cells
+
+
+def relabel(distilled: DistilledSet, labels: str, teachers: list[Teacher], plan: Plan, run: Run) -> DistilledSet:
+    """Return the set with another kind of label; stored static labels are kept, not computed again."""
+    if distilled.manifest.label_kind == labels:
+        return distilled
+    return attach_labels(distilled, labels, teachers, plan, run)
+
+
+def provenance(plan: Plan) -> dict[str, Any]:
+    """Return what made a result: the command, the commit where there is one, library versions and numerical plan."""
+    words = ["stillroom", *sys.argv[1:]] if Path(sys.argv[0]).name.startswith("stillroom") else [Path(sys.argv[0]).name]
+    return {"command": " ".join(words), "commit": _commit(), "libraries": library_versions(), "plan": plan.as_dict()}
+
+
+def _commit() -> str | None:
+    """Return the commit of this source tree, "+changes" where files differ from it; None for an installed wheel."""
+    folder = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "--", "."],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+        tracked = subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=folder, capture_output=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if tracked.returncode != 0:
+        return None
+    return commit + ("+changes" if changes else "")
+
+
+def _budget(distilled: DistilledSet) -> dict[str, Any]:
+    return dataclasses.asdict(count_bytes(distilled)) if distilled.manifest.files else {}
+
+
+def _row(cell: Cell, evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "set": cell.set,
+        "labels": cell.labels,
+        "budget": cell.budget,
+        "steps": evaluation.steps,
+        "top1": [round(100 * v, 3) for v in evaluation.top1],
+        "mean": round(100 * evaluation.mean, 3),
+        "std": round(100 * evaluation.std, 3),
+        "top5": [round(100 * v, 3) for v in evaluation.top5],
+        "best": [round(100 * v, 3) for v in evaluation.best],
+        "seconds": list(evaluation.seconds),
+        "label_bytes": evaluation.label_bytes,
+    }

@@ -1,0 +1,273 @@
+"""A run is a directory that explains itself: configuration, events, finished units, checkpoints, the artifact.
+
+    run/
+        config.json          the resolved settings and the numerical plan; another configuration is refused
+        events.jsonl         one JSON object per event
+        units/NAME.json      a finished unit: small results
+        units/NAME.safetensors   or tensors
+        checkpoints/NAME.safetensors   unfinished work, removed when its unit is finished
+        distilled/           the artifact
+        results.json         the table
+
+Running the same command again continues the run: a finished unit is never done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch import Tensor
+
+from stillroom.errors import StillroomError, TimeLimitReached
+from stillroom.files import load_tensors, read_json, save_tensors, write_json
+
+CHECKPOINT_SECONDS = 60.0
+
+
+class Run:
+    """One run directory, its clock, and what is shown of its progress.
+
+    `directory` None keeps nothing: work is done in this process and returned (the Python API's default).
+    `time_limit` is in seconds from now: work in progress is saved and TimeLimitReached is raised before it passes.
+    """
+
+    def __init__(self, directory: Path | None = None, *, time_limit: float | None = None, show: bool = True) -> None:
+        self.directory = directory
+        self.stop_at = None if time_limit is None else time.monotonic() + time_limit
+        self.show = show and sys.stderr.isatty()
+        self._stop_signal: str | None = None
+        self._lock: Any = None
+        if directory is not None:
+            self._open(directory)
+
+    def _open(self, directory: Path) -> None:
+        try:
+            for part in ("units", "checkpoints"):
+                (directory / part).mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(directory)
+        except OSError as error:
+            raise StillroomError(
+                f"run directory {str(directory)!r} cannot be written ({error.strerror}); give another with --out"
+            ) from error
+
+    def close(self) -> None:
+        """Release the directory for another process."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # -- configuration ---------------------------------------------------------------------------------------------
+
+    def bind_config(self, settings: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+        """Store `settings` and `plan` in a new run, or check `settings` against the stored ones of an old run.
+
+        Returns the plan to work with: the stored one where there is one, so that a resumed run computes the same
+        bits. Raises StillroomError with the differing fields where the directory holds another configuration.
+        """
+        if self.directory is None:
+            return plan
+        path = self.directory / "config.json"
+        settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be read back
+        if not path.exists():
+            write_json(path, {"settings": settings, "plan": plan})
+            return plan
+        stored = read_json(path)
+        differences = list(_differences(stored["settings"], settings))
+        if differences:
+            lines = "\n".join(f"  {name}: {old!r} there, {new!r} now" for name, old, new in differences)
+            raise StillroomError(
+                f"run directory {str(self.directory)!r} holds another configuration:\n{lines}\n"
+                "give another directory with --out, or the same settings"
+            )
+        for key in ("processor", "torch_version", "seed_scheme"):
+            if stored["plan"][key] != plan[key]:
+                self.event("plan_differs", field=key, stored=stored["plan"][key], now=plan[key])
+        return {**stored["plan"], "processor": plan["processor"], "torch_version": plan["torch_version"]}
+
+    # -- units and checkpoints -------------------------------------------------------------------------------------
+
+    def unit_done(self, name: str) -> bool:
+        """Whether the unit is finished (as JSON or as tensors)."""
+        return self.directory is not None and any(self._unit(name, s).exists() for s in (".json", ".safetensors"))
+
+    def finish_unit(self, name: str, result: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
+        """Write the unit's result atomically and drop its checkpoint."""
+        if self.directory is None:
+            return
+        if tensors is None:
+            write_json(self._unit(name, ".json"), result)
+        else:
+            save_tensors(self._unit(name, ".safetensors"), tensors, result)
+        self.checkpoint(name).remove()
+        self.event("unit_finished", unit=name)
+
+    def load_unit(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the finished unit's result and tensors (empty for a JSON unit)."""
+        path = self._unit(name, ".safetensors")
+        if path.exists():
+            tensors, result = load_tensors(path)
+            return result, tensors
+        return read_json(self._unit(name, ".json")), {}
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """Return the place where the unfinished unit's state is kept."""
+        path = None if self.directory is None else self.directory / "checkpoints" / f"{name}.safetensors"
+        return Checkpoint(path)
+
+    def _unit(self, name: str, suffix: str) -> Path:
+        assert self.directory is not None
+        return self.directory / "units" / f"{name}{suffix}"
+
+    # -- events, clock, progress -----------------------------------------------------------------------------------
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append one line of JSON to the run's events; the last line is only ever lost whole."""
+        if self.directory is None:
+            return
+        line = json.dumps({"time": round(time.time(), 3), "event": kind, **fields}, allow_nan=True)
+        with open(self.directory / "events.jsonl", "a") as events:
+            events.write(line + "\n")
+
+    def notice(self, message: str) -> None:
+        """Tell the user one thing, on standard error, and keep it in the events."""
+        print(message, file=sys.stderr)
+        self.event("notice", message=message)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether work should be saved and left now: the time limit is near, or a termination signal came."""
+        return self._stop_signal is not None or (self.stop_at is not None and time.monotonic() >= self.stop_at)
+
+    def stop(self) -> TimeLimitReached:
+        """Return the exception that leaves the run cleanly."""
+        reason = self._stop_signal or "time limit"
+        self.event("stopped", reason=reason)
+        return TimeLimitReached(reason)
+
+    def check_time(self) -> None:
+        """Raise TimeLimitReached between units where `stopping` holds."""
+        if self.stopping:
+            raise self.stop()
+
+    @contextmanager
+    def stop_on_signals(self) -> Iterator[None]:
+        """Within this context SIGTERM and the first Ctrl-C stop the run as its time limit does."""
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            if self._stop_signal is not None:
+                raise KeyboardInterrupt
+            self._stop_signal = signal.Signals(number).name
+
+        previous = {s: signal.signal(s, on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def progress(self, label: str, total: int, start: int = 0) -> Iterator[Callable[..., None]]:
+        """Show a bar with rate and time left on a terminal; yield ``advance(steps=1, **shown)``; silent elsewhere."""
+        if not self.show:
+            yield lambda steps=1, **shown: None
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description:<34}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}"),
+        )
+        begun = time.monotonic()
+        from rich.console import Console
+
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+            task = bars.add_task(label, total=total, completed=start, rate="", shown="")
+            done = start
+
+            def advance(steps: int = 1, **shown: Any) -> None:
+                nonlocal done
+                done += steps
+                rate = (done - start) / max(time.monotonic() - begun, 1e-9)
+                text = " ".join(f"{k} {v}" for k, v in shown.items())
+                fields: dict[str, Any] = {"rate": f"{rate:.1f}/s", **({"shown": text} if shown else {})}
+                bars.update(task, advance=steps, **fields)
+
+            yield advance
+
+
+class Checkpoint:
+    """The state of unfinished work: tensors and a small dictionary, written at most once a minute and when leaving."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._written = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        return self.path is not None and time.monotonic() - self._written >= CHECKPOINT_SECONDS
+
+    def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Replace the stored state atomically."""
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors(self.path, tensors, state)
+            self._written = time.monotonic()
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return the stored state, or None where there is none."""
+        if self.path is None or not self.path.exists():
+            return None
+        return load_tensors(self.path)
+
+    def remove(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def _lock(directory: Path) -> Any:
+    """Hold an exclusive lock on the directory; it ends with the process, however that ends."""
+    lock = open(directory / ".lock", "a+")  # noqa: SIM115 - kept open for the life of the run
+    try:
+        import fcntl
+    except ImportError:  # Windows: two commands on one directory are not detected there
+        return lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        owner = lock.read().strip() or "unknown"
+        lock.close()
+        raise StillroomError(
+            f"run directory {str(directory)!r} is in use by process {owner}; wait for it, or give another with --out"
+        ) from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def _differences(stored: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(stored, dict) and isinstance(now, dict):
+        for key in sorted(stored.keys() | now.keys()):
+            yield from _differences(stored.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif stored != now:
+        yield name, stored, now

@@ -1,0 +1,333 @@
+"""Teachers (squeeze): networks trained on the real data, cached by the hash of everything that made them, frozen.
+
+    teachers = load_teachers(real, TeachersConfig(networks=("resnet18", "convnet")), plan, run)
+
+Every teacher is measured on the real test split before it is used; one near chance stops the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from stillroom.compute import Plan
+from stillroom.data import RealData
+from stillroom.errors import StillroomError
+from stillroom.files import load_tensors, read_json, save_tensors, write_json
+from stillroom.networks import build_network, load_pretrained_imagenet
+from stillroom.run import Checkpoint, Run
+from stillroom.train import Epochs, TrainConfig, apply_normalization, augment_images, fit, measure_accuracy
+
+TEACHER_FORMAT = 1  # changes when training changes in a way that the settings do not show
+
+# The recipe that the field trains CIFAR teachers with (SRe2L, INFER): ResNet-18 reaches 78.7 % on CIFAR-100.
+FIELD = TrainConfig(epochs=200, batch_size=128, optimizer="sgd", learning_rate=0.1, weight_decay=5e-4)
+
+# Ours: a tenth of the epochs. A learning rate that rises and falls once needs no plateau, Nesterov momentum and a
+# decay that spares norms and biases make the most of few steps.
+FAST = TrainConfig(
+    epochs=20,
+    batch_size=128,
+    optimizer="sgd",
+    learning_rate=0.2,
+    weight_decay=5e-4,
+    nesterov=True,
+    schedule="one_cycle",
+    decay_norms=False,
+)
+TEACHER_RECIPES = {"field": FIELD, "fast": FAST}
+
+
+@dataclass(frozen=True)
+class TeachersConfig:
+    """Which teachers there are and how they come to be."""
+
+    networks: tuple[str, ...] = ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2")
+    recipe: Literal["field", "fast"] = "field"
+    epochs: int | None = None  # in place of the recipe's
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    source: Literal["train", "imagenet"] = "train"  # imagenet: torchvision's IMAGENET1K_V1 weights
+    checkpoints: tuple[str, ...] = ()  # NETWORK=FILE: your weights (safetensors, or a state_dict saved by torch)
+    seed: int = 0
+    cache: str = "~/.cache/stillroom"
+
+    @property
+    def train(self) -> TrainConfig:
+        """The recipe with its overrides."""
+        given = {k: getattr(self, k) for k in ("epochs", "batch_size", "learning_rate") if getattr(self, k) is not None}
+        return replace(TEACHER_RECIPES[self.recipe], **given)
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """A frozen network in eval mode, on the plan's device.
+
+    accuracy: {"top1", "top5"}, shares in [0, 1] on the real test split; hash: sha256 of the weights.
+    """
+
+    name: str
+    model: nn.Module
+    accuracy: dict[str, float]
+    hash: str
+    source: str
+
+    def facts(self) -> dict[str, Any]:
+        """What the artifact's manifest keeps of the teacher."""
+        return {"name": self.name, "accuracy": self.accuracy, "hash": self.hash, "source": self.source}
+
+
+def load_teachers(real: RealData, config: TeachersConfig, plan: Plan, run: Run) -> list[Teacher]:
+    """Return the configured teachers of `real`, training those that are not in the cache.
+
+    Raises StillroomError for names twice, checkpoints that do not fit, and a teacher near chance; TimeLimitReached
+    where the run is to stop (an unfinished training is kept in the cache and continued).
+    """
+    if not config.networks:
+        raise StillroomError("teachers.networks is empty; name at least one network, such as resnet18")
+    for name in config.networks:
+        if config.networks.count(name) > 1:
+            raise StillroomError(f"teachers.networks names {name!r} twice; name each network once")
+    files = _checkpoint_files(config)
+    teachers = []
+    for name in config.networks:
+        if name in files:
+            model, source = load_checkpoint(name, files[name], real), f"file {files[name].name}"
+            teacher = _finish(name, model, source, real, plan)
+        elif config.source == "imagenet":
+            if real.classes != 1000:
+                raise StillroomError(
+                    f"teachers.source is 'imagenet', whose networks know 1000 classes, but {real.name!r} has "
+                    f"{real.classes}; use --teachers.source train"
+                )
+            teacher = _finish(name, load_pretrained_imagenet(name), "torchvision IMAGENET1K_V1", real, plan)
+        else:
+            teacher = _train_or_load(name, real, config, plan, run)
+        check_above_chance(teacher, real)
+        run.event("teacher", **teacher.facts())
+        teachers.append(teacher)
+        run.check_time()
+    return teachers
+
+
+def teacher_key(name: str, real: RealData, config: TeachersConfig, plan: Plan) -> dict[str, Any]:
+    """Return everything that decides the weights of a trained teacher; its hash names the cache entry."""
+    return {
+        "format": TEACHER_FORMAT,
+        "network": name,
+        "data": real.fingerprint,
+        "image_size": real.image_size,
+        "mean": real.mean,
+        "std": real.std,
+        "flip": real.flip,
+        "train": asdict(config.train),
+        "seed": config.seed,
+        "plan": {k: v for k, v in plan.as_dict().items() if k != "pack_slots"},
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def cache_entry(name: str, real: RealData, config: TeachersConfig, plan: Plan) -> Path:
+    """Return the folder that holds this teacher, or will."""
+    text = json.dumps(teacher_key(name, real, config, plan), sort_keys=True)
+    folder = f"{name.replace(':', '-')}-{Path(real.name).name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return cache_root(config.cache) / "teachers" / folder
+
+
+def cache_root(cache: str) -> Path:
+    """Return the cache folder: the environment variable STILLROOM_CACHE has the last word."""
+    return Path(os.environ.get("STILLROOM_CACHE") or cache).expanduser()
+
+
+def _train_or_load(name: str, real: RealData, config: TeachersConfig, plan: Plan, run: Run) -> Teacher:
+    entry = cache_entry(name, real, config, plan)
+    model = build_network(name, real.classes, real.image_size, seed=config.seed)
+    with _entry_lock(entry):  # two runs that want the same teacher train it once
+        if not (entry / "teacher.json").exists():
+            history = train_teacher(model, name, real, config, plan, run, Checkpoint(entry / "checkpoint.safetensors"))
+            accuracy = {k: history[-1][k] for k in ("top1", "top5")}
+            save_tensors(entry / "weights.safetensors", _weights(model), {})
+            key = teacher_key(name, real, config, plan)
+            facts = {"accuracy": accuracy, "hash": hash_weights(model), "key": key, "history": history}
+            write_json(entry / "teacher.json", facts)
+            (entry / "checkpoint.safetensors").unlink(missing_ok=True)
+    facts = read_json(entry / "teacher.json")
+    tensors, _ = load_tensors(entry / "weights.safetensors")
+    model.load_state_dict(tensors)
+    if hash_weights(model) != facts["hash"]:
+        raise StillroomError(
+            f"cached teacher {str(entry)!r} is damaged (its weights' hash differs); delete that folder"
+        )
+    return Teacher(name, _freeze(model, plan), facts["accuracy"], facts["hash"], f"trained, {config.recipe} recipe")
+
+
+def train_teacher(
+    model: nn.Module,
+    name: str,
+    real: RealData,
+    config: TeachersConfig,
+    plan: Plan,
+    run: Run,
+    checkpoint: Checkpoint,
+) -> list[dict[str, float]]:
+    """Train `model` in place on the real training split; return one row per epoch, the last with the test accuracy."""
+    train = config.train
+    images = real.train.to(plan.device)
+    labels = real.train.labels.to(plan.device)
+
+    def draw_batch(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        batch = augment_images(images.batch(rows).to(plan.device), train, real.flip, generator)
+        return apply_normalization(batch, real.mean, real.std), labels[rows.to(plan.device)]
+
+    return fit(
+        model,
+        train,
+        Epochs(len(real.train), train.batch_size, config.seed, ("teacher", name)),
+        draw_batch,
+        nn.functional.cross_entropy,
+        plan,
+        run,
+        checkpoint,
+        label=f"teacher {name}",
+        measure=lambda m: measure_accuracy(m, real.test, real.mean, real.std, plan),
+    )
+
+
+def load_checkpoint(name: str, path: Path, real: RealData) -> nn.Module:
+    """Return network `name` with the weights of `path`: a .safetensors file, or a state_dict saved by torch.
+
+    Only tensors are read (``weights_only``), never pickled code. A dictionary with ``state_dict`` and keys that begin
+    with ``module.``, as INFER's published teachers have, is accepted. Raises StillroomError where the file cannot be
+    read or its keys and shapes are not the network's, listing them: weights are never half loaded.
+    """
+    if not path.is_file():
+        raise StillroomError(f"teachers.checkpoints names {str(path)!r}, which is not a file; give NETWORK=FILE")
+    if path.suffix == ".safetensors":
+        state: Any = load_tensors(path)[0]
+    else:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds for a bad file
+            raise StillroomError(
+                f"checkpoint {str(path)!r} cannot be read as weights ({str(error).splitlines()[0]}); save the "
+                "network's state_dict alone: torch.save(model.state_dict(), path)"
+            ) from error
+        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+            state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise StillroomError(f"checkpoint {str(path)!r} holds no state_dict; save torch.save(model.state_dict(), path)")
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    model = build_network(name, real.classes, real.image_size)
+    own = model.state_dict()
+    problems = [f"missing {key}" for key in own.keys() - state.keys()]
+    problems += [f"unexpected {key}" for key in state.keys() - own.keys()]
+    problems += [
+        f"{key} is {list(state[key].shape)}, the network's {list(own[key].shape)}"
+        for key in own.keys() & state.keys()
+        if own[key].shape != state[key].shape
+    ]
+    if problems:
+        shown = "\n  ".join(sorted(problems)[:20])
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise StillroomError(
+            f"checkpoint {str(path)!r} does not fit {name} for {real.classes} classes at {real.image_size} px:\n"
+            f"  {shown}{more}"
+        )
+    bad = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise StillroomError(f"checkpoint {str(path)!r} has values that are not finite in {', '.join(bad[:5])}")
+    model.load_state_dict(state)
+    return model
+
+
+def check_above_chance(teacher: Teacher, real: RealData) -> None:
+    """Raise StillroomError for a teacher whose test accuracy is that of guessing, within three standard errors."""
+    chance = 1 / real.classes
+    bound = chance + 3 * math.sqrt(chance * (1 - chance) / len(real.test))
+    if not teacher.accuracy["top1"] > bound:
+        raise StillroomError(
+            f"teacher {teacher.name!r} ({teacher.source}) has {teacher.accuracy['top1']:.1%} on the test split of "
+            f"{real.name!r}, near chance ({chance:.1%}). Check the order of the labels (class names: "
+            f"{', '.join(real.class_names[:3])}, ...), the normalisation (mean {real.mean}, std {real.std}), the "
+            "architecture, and whether it was trained long enough (--teachers.epochs)."
+        )
+
+
+def list_cache(cache: str) -> list[tuple[Path, int, str]]:
+    """Return (folder, bytes, what it is) of every cached teacher, finished or not."""
+    rows = []
+    for entry in sorted((cache_root(cache) / "teachers").glob("*/")):
+        size = sum(f.stat().st_size for f in entry.iterdir() if f.is_file())
+        done = entry / "teacher.json"
+        text = f"top-1 {read_json(done)['accuracy']['top1']:.1%}" if done.exists() else "unfinished"
+        rows.append((entry, size, text))
+    return rows
+
+
+def empty_cache(cache: str) -> None:
+    """Delete every cached teacher."""
+    for entry, _, _ in list_cache(cache):
+        shutil.rmtree(entry)
+
+
+def hash_weights(model: nn.Module) -> str:
+    """Return the sha256 of names, dtypes, shapes and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(_weights(model).items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)};".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+
+
+def _finish(name: str, model: nn.Module, source: str, real: RealData, plan: Plan) -> Teacher:
+    weights_hash = hash_weights(model)
+    model = _freeze(model, plan)
+    return Teacher(name, model, measure_accuracy(model, real.test, real.mean, real.std, plan), weights_hash, source)
+
+
+def _freeze(model: nn.Module, plan: Plan) -> nn.Module:
+    return plan.place(model).eval().requires_grad_(False)
+
+
+def _checkpoint_files(config: TeachersConfig) -> dict[str, Path]:
+    files = {}
+    for text in config.checkpoints:
+        name, equals, path = text.partition("=")
+        if not equals or name not in config.networks:
+            raise StillroomError(
+                f"teachers.checkpoints has {text!r}; give NETWORK=FILE with a network of teachers.networks "
+                f"({', '.join(config.networks)})"
+            )
+        files[name] = Path(path).expanduser()
+    return files
+
+
+@contextlib.contextmanager
+def _entry_lock(entry: Path) -> Iterator[None]:
+    entry.mkdir(parents=True, exist_ok=True)
+    with open(entry / ".lock", "a") as lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except ImportError:  # Windows: two runs at once may both train it; the later result replaces the equal earlier
+            pass
+        yield

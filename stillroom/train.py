@@ -1,0 +1,271 @@
+"""The one training loop, for teachers on real images and for students on views.
+
+A batch's order and augmentation derive from (seed, unit, epoch or step) alone, so a resumed training draws what the
+uninterrupted one would have drawn. Nothing inside the loop waits for the device except once an epoch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stillroom import augment
+from stillroom.compute import Plan, build_generator, derive_seed
+from stillroom.data import Images
+from stillroom.errors import StillroomError
+from stillroom.run import Checkpoint, Run
+
+EVALUATION_BATCH = 500
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a network is trained: optimiser, schedule and augmentation."""
+
+    epochs: int = 200
+    batch_size: int = 128
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float = 0.1
+    weight_decay: float = 5e-4
+    momentum: float = 0.9  # SGD only
+    nesterov: bool = False  # SGD only
+    schedule: Literal["cosine", "one_cycle"] = "cosine"  # cosine: set once an epoch; one_cycle: linear, every step
+    warmup_fraction: float = 0.2  # one_cycle: share of the steps in which the learning rate rises
+    decay_norms: bool = True  # whether weight decay acts on normalisation parameters and biases too
+    crop_padding: int = 4  # pixels of black around the image before a random crop; 0: no crop
+    flip: bool = True  # random horizontal flip, where the dataset allows it
+    resized_crop: bool = False  # RandomResizedCrop in place of the padded crop
+    resized_crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the area that a resized crop keeps
+    mixup_beta: float = 0.0  # Beta(b, b); 0: no mixup
+    mixup_folded: bool = (
+        False  # True: weight max(l, 1 - l) as in Algorithm 2; False: plain l as in the published scripts
+    )
+
+    def __post_init__(self) -> None:
+        for name, low in (
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("crop_padding", 0),
+            ("mixup_beta", 0),
+            ("weight_decay", 0),
+        ):
+            if not getattr(self, name) >= low:
+                raise StillroomError(f"train.{name} is {getattr(self, name)}; give {low} or more")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise StillroomError(f"train.learning_rate is {self.learning_rate}; give a positive number such as 0.1")
+        if not 0 <= self.warmup_fraction < 1:
+            raise StillroomError(f"train.warmup_fraction is {self.warmup_fraction}; give a share from 0 to below 1")
+
+
+def schedule_rate(config: TrainConfig, step: int, total_steps: int, steps_per_epoch: int) -> float:
+    """Return the learning rate of one step.
+
+    cosine: half a cosine from the configured rate towards 0, set once an epoch as the field's scripts do;
+    one_cycle: a straight line up over `warmup_fraction` of the steps, then down to 0.
+    """
+    if config.schedule == "cosine":
+        epochs = math.ceil(total_steps / steps_per_epoch)
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step // steps_per_epoch) / epochs))
+    peak = config.warmup_fraction * total_steps
+    share = (step + 1) / peak if step < peak else (total_steps - step) / (total_steps - peak)
+    return config.learning_rate * min(share, 1.0)
+
+
+def apply_normalization(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Return float32 ``(images - mean) / std`` per channel; images [batch, 3, h, w] in [0, 1], or uint8."""
+    if images.dtype == torch.uint8:
+        images = images.float() / 255
+    shape = (1, -1, 1, 1)
+    return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
+
+
+def augment_images(images: Tensor, config: TrainConfig, flip: bool, generator: torch.Generator) -> Tensor:
+    """Return `images` [batch, 3, h, w] (pixels, before normalisation, black is 0) cropped and flipped at random."""
+    batch, height, width = images.shape[0], images.shape[-2], images.shape[-1]
+    if config.resized_crop:
+        boxes = augment.draw_resized_crops(generator, batch, height, width, scale=config.resized_crop_scale)
+        images = images.float() / 255 if images.dtype == torch.uint8 else images
+        images = augment.apply_resized_crops(images, boxes, height)
+    elif config.crop_padding:
+        offsets = augment.draw_crops(generator, batch, config.crop_padding)
+        images = augment.apply_crops(images, offsets, config.crop_padding)
+    if config.flip and flip:
+        images = augment.apply_flips(images, augment.draw_flips(generator, batch))
+    return images
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """In what batches `count` items are visited: shuffled anew each epoch, the incomplete last batch left out.
+
+    Confessed: the published scripts keep the incomplete batch. One shape for all steps compiles once, and no batch
+    statistics come from a handful of images; what one epoch leaves out the next one's shuffle brings back.
+    """
+
+    count: int
+    batch_size: int
+    seed: int
+    path: tuple[str | int, ...]
+
+    @property
+    def batch(self) -> int:
+        return min(self.batch_size, self.count)
+
+    @property
+    def steps(self) -> int:
+        return self.count // self.batch
+
+    def rows(self, epoch: int) -> Tensor:
+        """Return the epoch's items, int64 [steps, batch], on the CPU."""
+        order = torch.randperm(self.count, generator=build_generator(self.seed, *self.path, "order", epoch))
+        return order[: self.steps * self.batch].view(self.steps, self.batch)
+
+
+BatchFunction = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
+
+
+def fit(
+    model: nn.Module,
+    config: TrainConfig,
+    epochs: Epochs,
+    draw_batch: BatchFunction,
+    loss_function: Callable[[Tensor, Tensor], Tensor],
+    plan: Plan,
+    run: Run,
+    checkpoint: Checkpoint,
+    *,
+    label: str,
+    total_steps: int | None = None,
+    measure: Callable[[nn.Module], dict[str, float]] | None = None,
+    measure_every_epochs: int = 0,
+) -> list[dict[str, float]]:
+    """Train `model` in place and return one row per epoch: loss, learning rate, and what `measure` returned.
+
+    `draw_batch(rows, generator)` returns normalised images float32 [batch, 3, h, w] and targets on the plan's device;
+    `loss_function(logits float32, targets)` returns a scalar. `total_steps` overrides the number of epochs.
+    `measure` runs after the last epoch, and every `measure_every_epochs` epochs where that is above 0.
+
+    Raises StillroomError where the loss is not finite (the last good checkpoint is kept), TimeLimitReached where the
+    run is to stop; its state is saved then.
+    """
+    steps = total_steps or config.epochs * epochs.steps
+    model = plan.place(model)
+    optimizer = build_optimizer(model, config)
+    history: list[dict[str, float]] = []
+    first = 0
+    loss_sum = torch.zeros((), device=plan.device)
+    if stored := checkpoint.load():
+        tensors, state = stored
+        load_training_state(model, optimizer, tensors)
+        first, history, loss_sum = state["step"], state["history"], tensors["loss_sum"].to(plan.device)
+
+    def compute_loss(images: Tensor, targets: Tensor) -> Tensor:
+        with plan.autocast():
+            logits = model(images)
+        return loss_function(logits.float(), targets)
+
+    compute_loss = plan.compiled(compute_loss, steps)
+    model.train()
+    rows = epochs.rows(first // epochs.steps)
+    devices = [plan.device] if plan.device.startswith("cuda") else []
+    with torch.random.fork_rng(devices), run.progress(label, steps, first) as advance:
+        for step in range(first, steps):
+            epoch, within = divmod(step, epochs.steps)
+            if within == 0:
+                rows = epochs.rows(epoch)
+            rate = schedule_rate(config, step, steps, epochs.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            images, targets = draw_batch(rows[within], build_generator(epochs.seed, *epochs.path, "augment", step))
+            # Dropout and stochastic depth draw from the global generator.
+            torch.manual_seed(derive_seed(epochs.seed, *epochs.path, "dropout", step))
+            loss = compute_loss(images.contiguous(memory_format=plan.memory_format), targets)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss_sum += loss.detach()
+            advance()
+            if within == epochs.steps - 1 or step == steps - 1:
+                row = {"epoch": epoch + 1, "step": step + 1, "learning_rate": rate}
+                row["loss"] = float(loss_sum) / (within + 1)
+                if not math.isfinite(row["loss"]):
+                    raise StillroomError(
+                        f"the loss of {label} is {row['loss']} in epoch {epoch + 1}; lower the learning rate "
+                        f"(now {config.learning_rate}) or use --compute.precision float32. Finished work is kept."
+                    )
+                loss_sum.zero_()
+                due = measure_every_epochs and (epoch + 1) % measure_every_epochs == 0
+                if measure is not None and (due or step == steps - 1):
+                    row |= measure(model)
+                    model.train()
+                history.append(row)
+                run.event("epoch", unit=label, **row)
+            if step < steps - 1 and (checkpoint.due or run.stopping):
+                saved = training_state(model, optimizer) | {"loss_sum": loss_sum}
+                checkpoint.save(saved, {"step": step + 1, "history": history})
+                if run.stopping:
+                    raise run.stop()
+    return history
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Return the configured optimiser over all parameters of `model`."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if config.decay_norms or p.ndim > 1]
+    plain = [p for p in parameters if not config.decay_norms and p.ndim <= 1]
+    groups = [
+        {"params": group, "weight_decay": decay}
+        for group, decay in ((decayed, config.weight_decay), (plain, 0.0))
+        if group
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=True
+        )
+    return torch.optim.AdamW(groups, config.learning_rate, fused=True)
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return model and optimiser as one flat dictionary of tensors, fit for a safetensors file."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            if value is not None:
+                tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
+    return {name: value.detach().contiguous() for name, value in tensors.items()}
+
+
+def load_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put a state made by `training_state` back."""
+    prefix = "model."
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, field = name.split(".", 2)
+            state.setdefault(int(index), {})[field] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+@torch.no_grad()
+def measure_accuracy(
+    model: nn.Module, images: Images, mean: tuple[float, ...], std: tuple[float, ...], plan: Plan
+) -> dict[str, float]:
+    """Return {"top1", "top5"}: shares in [0, 1] of `images` whose label has the highest logit, or one of five."""
+    model.eval()
+    images = images.to(plan.device)
+    right = torch.zeros(2, device=plan.device)
+    for rows in torch.arange(len(images)).split(EVALUATION_BATCH):
+        batch = apply_normalization(images.batch(rows).to(plan.device), mean, std)
+        with plan.autocast():
+            logits = model(batch.contiguous(memory_format=plan.memory_format)).float()
+        labels = images.labels[rows].to(plan.device)
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [batch, 5]
+        right += torch.stack([ranked[:, 0].sum(), ranked.sum()])
+    top1, top5 = (right / len(images)).tolist()
+    return {"top1": top1, "top5": top5}

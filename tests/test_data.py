@@ -1,0 +1,863 @@
+"""Real data: every layout gives the pixels and labels that were stored, and every flaw gives one clear error."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import struct
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from stillroom.data import CIFAR100, FACTS, DataConfig, LazyImages, MemoryImages, RealData, load_real
+from stillroom.errors import StillroomError
+
+EVERYTHING_LAZY = 0.0
+SIDE = 6
+
+
+def pixels_of(n: int, seed: int = 0, side: int = SIDE) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
+
+
+def encode(pixels: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def write_folder(
+    root: Path, splits: tuple[str, ...] = ("train", "test"), per_class: int = 3, classes: str = "ab", height: int = SIDE
+) -> Path:
+    for split in splits:
+        for name in classes:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for k, image in enumerate(pixels_of(per_class, seed=len(split) * 100 + ord(name))):
+                (folder / f"{k}.png").write_bytes(encode(image[:height]))
+    return root
+
+
+def write_npz(path: Path, classes: int = 2, n: int = 6, **changes: Any) -> Path:
+    labels = np.arange(n) % classes
+    arrays = {
+        "train_images": pixels_of(n, 1),
+        "train_labels": labels,
+        "test_images": pixels_of(n, 2),
+        "test_labels": labels,
+        **changes,
+    }
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+    return path
+
+
+def write_parquet(
+    path: Path,
+    pixels: np.ndarray,
+    labels: Any,
+    image: str = "img",
+    label: str = "label",
+    names: list[str] | None = None,
+    raw: bool = False,
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    cells: list[Any] = [encode(p) for p in pixels]
+    column = (
+        pa.array(cells, pa.binary())
+        if raw
+        else pa.array(
+            [{"bytes": c, "path": None} for c in cells], pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        )
+    )
+    table = pa.table({image: column, label: labels, **(extra or {})})
+    if names is not None:
+        feature = {"info": {"features": {label: {"names": names, "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(feature)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=4)
+    return path
+
+
+def all_pixels(images: Any) -> torch.Tensor:
+    return images.batch(torch.arange(len(images)))
+
+
+def load(source: Path | str, **settings: Any) -> RealData:
+    return load_real(DataConfig(source=str(source), **settings))
+
+
+def to_channels_first(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+# The dataset without a download
+
+
+def test_digits_are_scikit_learns_images_in_blocks_of_four_and_need_no_files():
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    real = load_real(DataConfig())
+    assert (len(real.train), len(real.test), real.classes, real.image_size) == (1442, 355, 10, 32)
+    assert not real.flip
+    assert real.class_names == tuple("0123456789")
+    assert real.train.labels.dtype == torch.int64
+    first = torch.from_numpy(np.rint(digits.images[0] / 16 * 255))
+    image = real.train.batch(torch.tensor([0]))[0]
+    assert image.dtype == torch.uint8
+    assert image.shape == (3, 32, 32)
+    for row, column in ((0, 0), (3, 2), (1, 3)):
+        assert (image[:, row::4, column::4] == first).all()
+    test_labels = np.bincount(real.test.labels.numpy(), minlength=10)
+    assert (test_labels == np.bincount(digits.target) // 5).all()
+    assert real.raw_bytes == real.stored_bytes == 1442 * 64
+
+
+def test_computed_mean_and_std_are_those_of_the_training_pixels_in_float64(tmp_path):
+    pixels = pixels_of(6, 1)
+    pixels[..., 2] = 7
+    real = load(write_npz(tmp_path / "x.npz", train_images=pixels))
+    scaled = pixels.astype(np.float64) / 255
+    assert np.allclose(real.mean, scaled.mean((0, 1, 2)), rtol=0, atol=1e-14)
+    assert np.allclose(real.std[:2], scaled.std((0, 1, 2))[:2], rtol=0, atol=1e-14)
+    assert real.std[2] == 1.0
+
+
+# Named datasets
+
+
+def test_the_facts_have_as_many_names_as_classes():
+    assert len(set(CIFAR100)) == 100
+    assert list(CIFAR100) == sorted(CIFAR100)
+    for facts in FACTS.values():
+        assert facts.class_names is None or len(facts.class_names) == facts.classes
+
+
+def cifar_arrays(classes: int, per_class: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    return pixels_of(classes * per_class, side=32), np.tile(np.arange(classes), per_class)
+
+
+def pickled_as_python_2(pixels: np.ndarray, labels: np.ndarray, key: str) -> bytes:
+    """CIFAR's own files were written by Python 2, whose byte strings have opcodes that Python 3 never writes."""
+
+    def text(value: bytes) -> bytes:
+        return b"T" + struct.pack("<i", len(value)) + value
+
+    def number(value: int) -> bytes:
+        return b"J" + struct.pack("<i", value)
+
+    data = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).reshape(len(pixels), 3072)
+    dtype = b"cnumpy\ndtype\n(" + text(b"u1") + number(0) + number(1) + b"tR("
+    dtype += number(3) + text(b"|") + b"NNN" + number(-1) + number(-1) + number(0) + b"tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(" + number(0) + b"t" + text(b"b") + b"tR("
+    array += (
+        number(1) + b"(" + number(len(data)) + number(3072) + b"t" + dtype + b"I00\n" + text(data.tobytes()) + b"tb"
+    )
+    items = text(b"data") + array + text(key.encode()) + b"(l" + b"".join(number(int(v)) + b"a" for v in labels)
+    return b"\x80\x02}(" + items + b"u."
+
+
+def write_cifar_pickles(folder: Path, classes: int, **content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    pixels, labels = cifar_arrays(classes, per_class=5)
+    key, train = ("labels", [f"data_batch_{i}" for i in range(1, 6)]) if classes == 10 else ("fine_labels", ["train"])
+    folder.mkdir(parents=True)
+    for name, rows in zip(train, np.array_split(np.arange(len(pixels)), len(train)), strict=True):
+        (folder / name).write_bytes(pickled_as_python_2(pixels[rows], labels[rows], key))
+    (folder / ("test_batch" if classes == 10 else "test")).write_bytes(pickled_as_python_2(pixels, labels, key))
+    for name, value in content.items():
+        (folder / name).write_bytes(value)
+    return pixels, labels
+
+
+def test_the_hand_written_pickle_reads_the_same_with_pythons_own_unpickler():
+    pixels, labels = cifar_arrays(10)
+    data = pickled_as_python_2(pixels, labels, "labels").replace(b"numpy.core.", b"numpy._core.")
+    batch = pickle.loads(data, encoding="latin1")
+    assert (batch["data"].reshape(-1, 3, 32, 32) == pixels.transpose(0, 3, 1, 2)).all()
+    assert batch["labels"] == labels.tolist()
+
+
+@pytest.mark.parametrize(("name", "classes", "folder"), [
+    ("cifar10", 10, "cifar-10-batches-py"),
+    ("cifar100", 100, "cifar-100-python"),
+])  # fmt: skip
+def test_cifar_is_found_as_npz_then_parquet_then_pickles_and_is_the_same_from_each(tmp_path, name, classes, folder):
+    pixels, labels = write_cifar_pickles(tmp_path / folder, classes)
+    column = FACTS[name].label_column
+    from_pickles = load(name, root=str(tmp_path))
+    for split in ("train", "test"):
+        write_parquet(
+            tmp_path / name / f"{split}-0.parquet", pixels, labels, label=column, extra={"coarse_label": labels}
+        )
+    from_parquet = load(name, root=str(tmp_path))
+    write_npz(tmp_path / f"{name}.npz", train_images=pixels[:-classes], train_labels=labels[:-classes],
+              test_images=pixels, test_labels=labels)  # fmt: skip
+    from_npz = load(name, root=str(tmp_path))
+    assert len(from_npz.train) == len(pixels) - classes
+    for real in (from_pickles, from_parquet):
+        assert torch.equal(all_pixels(real.train), to_channels_first(pixels))
+        assert torch.equal(real.train.labels, torch.from_numpy(labels))
+    assert from_pickles.fingerprint == from_parquet.fingerprint != from_npz.fingerprint
+    for real in (from_pickles, from_parquet, from_npz):
+        assert real.class_names == FACTS[name].class_names
+        assert (real.mean, real.std, real.flip) == (FACTS[name].mean, FACTS[name].std, True)
+
+
+class MakesFolder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
+    payload = pickle.dumps({"data": MakesFolder(tmp_path / "made"), "fine_labels": [0]}, protocol=2)
+    write_cifar_pickles(tmp_path / "cifar-100-python", 100, train=payload)
+    with pytest.raises(StillroomError, match=r"cifar-100-python/train is no batch of cifar100.*mkdir"):
+        load("cifar100", root=str(tmp_path))
+    assert not (tmp_path / "made").exists()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=60), st.integers(0, 400))
+def test_a_damaged_pickle_is_refused(tmp_path_factory, noise, position):
+    folder = tmp_path_factory.mktemp("pickle") / "cifar-100-python"
+    folder.mkdir()
+    intact = pickled_as_python_2(*cifar_arrays(100, 1), "fine_labels")
+    (folder / "train").write_bytes(intact[:position] + noise)
+    with pytest.raises(StillroomError, match="Fetch the dataset again"):
+        load("cifar100", root=str(folder.parent))
+
+
+def test_a_named_dataset_that_is_missing_says_where_it_was_looked_for(tmp_path):
+    with pytest.raises(StillroomError) as caught:
+        load("cifar100", root=str(tmp_path))
+    for text in ("cifar100.npz", "parquet", "cifar-100-python", "--data.download", "--data.root"):
+        assert text in str(caught.value)
+    with pytest.raises(StillroomError, match="unpack it yourself"):
+        load("tiny-imagenet", root=str(tmp_path))
+
+
+def test_download_asks_torchvision_once_and_reads_what_it_wrote(tmp_path, monkeypatch):
+    def install(fetch: Any) -> None:
+        datasets = SimpleNamespace(CIFAR10=None, CIFAR100=fetch)
+        monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(datasets=datasets))
+        monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)
+
+    def fetch(root: Path, download: bool) -> None:
+        assert download
+        write_cifar_pickles(Path(root) / "cifar-100-python", 100)
+
+    def offline(root: Path, download: bool) -> None:
+        raise OSError("no network")
+
+    install(fetch)
+    for _ in range(2):
+        assert len(load("cifar100", root=str(tmp_path), download=True).train) == 500
+    install(offline)
+    with pytest.raises(StillroomError, match=r"could not be downloaded.*no network"):
+        load("cifar100", root=str(tmp_path / "elsewhere"), download=True)
+
+
+def write_tiny_imagenet(root: Path) -> Path:
+    wnids = ["n09", "n01", "n05"]
+    for wnid in wnids:
+        (root / "train" / wnid / "images").mkdir(parents=True)
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("boxes")
+        for k in range(2):
+            (root / "train" / wnid / "images" / f"{k}.JPEG").write_bytes(encode(pixels_of(1)[0], "JPEG"))
+    (root / "val" / "images").mkdir(parents=True)
+    for k in range(3):
+        (root / "val" / "images" / f"val_{k}.JPEG").write_bytes(encode(pixels_of(1)[0], "JPEG"))
+    (root / "test" / "images").mkdir(parents=True)
+    (root / "wnids.txt").write_text("\n".join(wnids) + "\n")
+    (root / "words.txt").write_text("n00\tentity\nn01\tbullfrog, Rana\nn09\tgoldfish\n")
+    (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn05\t0\t0\nval_1.JPEG\tn09\t0\nval_2.JPEG\tn01\n")
+    return root
+
+
+def test_tiny_imagenets_labels_follow_wnids_txt_and_its_annotations(tmp_path):
+    real = load(write_tiny_imagenet(tmp_path / "tiny"))
+    assert real.class_names == ("goldfish", "bullfrog, Rana", "n05")
+    assert real.train.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert real.test.labels.tolist() == [2, 0, 1]
+
+
+def test_tiny_imagenet_names_a_bad_annotation_and_a_missing_image(tmp_path):
+    root = write_tiny_imagenet(tmp_path / "tiny")
+    (root / "val" / "images" / "val_1.JPEG").unlink()
+    with pytest.raises(StillroomError, match=r"1 images cannot be read.*val_1\.JPEG"):
+        load(root)
+    (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn77\n")
+    with pytest.raises(StillroomError, match=r"line 1 is 'val_0\.JPEG\tn77'"):
+        load(root)
+
+
+@pytest.mark.parametrize("folder", ["imagenet", "ILSVRC2012"])
+def test_imagenet_is_read_lazily_from_class_folders_without_decoding_them_first(tmp_path, monkeypatch, folder):
+    monkeypatch.setitem(FACTS, "imagenet", replace(FACTS["imagenet"], classes=2, image_size=4))
+    root = write_folder(tmp_path / folder, ("train", "val", "test"))
+    (root / "train" / "b" / "2.png").write_bytes(b"not an image")
+    with pytest.raises(StillroomError, match="1 images cannot be read"):
+        load("imagenet", root=str(tmp_path), resize="squash")
+    real = load("imagenet", root=str(tmp_path), resize="squash", memory_limit_gib=EVERYTHING_LAZY)
+    assert (real.class_names, real.mean, real.image_size) == (("a", "b"), FACTS["imagenet"].mean, 4)
+    assert real.train.batch(torch.arange(5)).shape == (5, 3, 4, 4)
+    expected = np.asarray(Image.fromarray(pixels_of(3, seed=397)[0]).resize((4, 4), Image.Resampling.BILINEAR))
+    assert torch.equal(real.test.batch(torch.tensor([0]))[0], torch.from_numpy(expected.copy()).permute(2, 0, 1))
+    with pytest.raises(StillroomError, match=r"b/2\.png"):
+        real.train.batch(torch.tensor([5]))
+
+
+def test_a_path_gets_a_named_datasets_facts_only_if_classes_and_size_agree(tmp_path):
+    pixels, labels = cifar_arrays(10)
+    arrays = {"train_images": pixels, "train_labels": labels, "test_images": pixels, "test_labels": labels}
+    real = load(write_npz(tmp_path / "cifar10.npz", **arrays))
+    assert real.class_names[3] == "cat"
+    assert real.mean == FACTS["cifar10"].mean
+    other = load(write_npz(tmp_path / "cifar100.npz", **arrays))
+    assert other.class_names == tuple("0123456789")
+    assert other.mean != FACTS["cifar100"].mean
+    with pytest.raises(StillroomError, match=r"cifar100: class 10 \('bowl'\) has no training image"):
+        load("cifar100", root=str(tmp_path))
+
+
+# Image folders
+
+
+def test_a_folder_gives_sorted_classes_and_the_stored_pixels(tmp_path):
+    root = write_folder(tmp_path / "photos", classes="ba")
+    (root / "train" / ".DS_Store").write_bytes(b"x")
+    (root / "train" / "a" / ".hidden").write_bytes(b"x")
+    real = load(root)
+    assert real.class_names == ("a", "b")
+    assert real.name == "photos"
+    assert real.flip
+    assert real.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    expected = [pixels_of(3, seed=500 + ord(name)) for name in "ab"]
+    assert torch.equal(all_pixels(real.train), to_channels_first(np.concatenate(expected)))
+    assert real.raw_bytes == 6 * 3 * SIDE * SIDE
+    assert real.stored_bytes == sum(path.stat().st_size for path in (root / "train").rglob("*.png"))
+
+
+@pytest.mark.parametrize("split", ["test", "val", "valid", "validation"])
+def test_the_test_split_may_have_any_of_four_names(tmp_path, split):
+    assert len(load(write_folder(tmp_path, ("train", split))).test) == 6
+
+
+def test_an_unlabelled_test_folder_gives_way_to_the_labelled_validation_folder(tmp_path):
+    write_folder(tmp_path, ("train", "val"))
+    (tmp_path / "test" / "images").mkdir(parents=True)
+    assert len(load(tmp_path).test) == 6
+
+
+def broken(flaw: str, root: Path) -> Path:
+    write_folder(root)
+    train = root / "train"
+    match flaw:
+        case "no train":
+            train.rename(root / "training")
+        case "no classes":
+            for path in sorted(train.rglob("*"), reverse=True):
+                path.unlink() if path.is_file() else path.rmdir()
+        case "empty class":
+            (train / "c").mkdir()
+        case "one class":
+            for folder in (train / "b", root / "test" / "b"):
+                folder.rename(root / folder.parent.name[:2])
+        case "class not tested":
+            (root / "test" / "b").rename(root / "b")
+        case "class only tested":
+            (root / "test" / "c").mkdir()
+        case "no test":
+            (root / "test").rename(root / "other")
+        case "text":
+            (train / "b" / "notes.txt").write_text("hello")
+        case "truncated":
+            path = train / "b" / "1.png"
+            path.write_bytes(path.read_bytes()[:60])
+        case "missing target":
+            (train / "b" / "9.png").symlink_to(root / "nowhere.png")
+        case "other size":
+            (train / "b" / "9.png").write_bytes(encode(pixels_of(1, side=9)[0][:5]))
+        case "postscript":
+            (train / "b" / "9.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 6\n%%EndComments\n")
+    return root
+
+
+@pytest.mark.parametrize(("flaw", "message"), [
+    ("no train", r"no train/ folder.*Expected .*train/<class>/<images>"),
+    ("no classes", "train holds no class folders"),
+    ("empty class", r"train/c holds no images"),
+    ("one class", "has 1 class; at least 2"),
+    ("class not tested", "no folder for the class 'b'"),
+    ("class only tested", "test has the class 'c', which 'train' lacks"),
+    ("no test", r"no test split.*--data\.holdout-per-class"),
+    ("text", r"1 images cannot be read: .*notes\.txt.*--data\.skip-bad-images"),
+    ("truncated", r"1 images cannot be read: .*b/1\.png.*--data\.skip-bad-images"),
+    ("missing target", r"b/9\.png"),
+    ("other size", r"b/9\.png is 9x5 pixels \(width x height\), not 6x6\. Pass --data\.resize"),
+    ("postscript", r"b/9\.png: not an image of a known format"),
+])  # fmt: skip
+def test_a_flawed_folder_gives_one_error_that_names_the_flaw_and_the_fix(tmp_path, flaw, message):
+    with pytest.raises(StillroomError, match=message):
+        load(broken(flaw, tmp_path))
+
+
+@pytest.mark.parametrize("limit", [4.0, EVERYTHING_LAZY])
+def test_skipping_leaves_out_every_bad_image_and_counts_them(tmp_path, limit):
+    root = write_folder(tmp_path)
+    (root / "train" / "a" / "0.png").write_bytes(b"not an image")
+    (root / "test" / "b" / "2.png").write_bytes(b"")
+    with pytest.raises(StillroomError, match="skip-bad-images"):
+        load(root, memory_limit_gib=limit)
+    real = load(root, skip_bad_images=True, memory_limit_gib=limit)
+    assert real.skipped_images == 2
+    assert real.train.labels.tolist() == [0, 0, 1, 1, 1]
+    assert real.test.labels.tolist() == [0, 0, 0, 1, 1]
+    expected = np.concatenate([pixels_of(3, seed=597)[1:], pixels_of(3, seed=598)])
+    assert torch.equal(all_pixels(real.train), to_channels_first(expected))
+    for k in range(3):
+        (root / "train" / "b" / f"{k}.png").write_bytes(b"")
+    with pytest.raises(StillroomError, match=r"class 1 \('b'\) has no training image"):
+        load(root, skip_bad_images=True, memory_limit_gib=limit)
+
+
+def test_an_image_above_pillows_pixel_limit_is_a_bad_image(tmp_path, monkeypatch):
+    root = write_folder(tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIDE * SIDE - 1)
+    with pytest.raises(StillroomError, match="DecompressionBomb"):
+        load(root)
+
+
+def one_image(root: Path, content: bytes, **settings: Any) -> np.ndarray:
+    """Load a folder whose first training image has this content; -> [height, width, 3]."""
+    write_folder(root)
+    (root / "train" / "a" / "0.png").write_bytes(content)
+    return load(root, image_size=SIDE, **settings).train.batch(torch.tensor([0]))[0].permute(1, 2, 0).numpy()
+
+
+def test_transparency_is_composited_on_white(tmp_path):
+    rgba = np.zeros((SIDE, SIDE, 4), np.uint8)
+    rgba[0, 0] = (10, 20, 30, 255)
+    image = one_image(tmp_path, encode(rgba))
+    assert image[0, 0].tolist() == [10, 20, 30]
+    assert (image[1:] == 255).all()
+
+
+def test_sixteen_bit_gray_is_scaled_and_not_clipped(tmp_path):
+    values = np.linspace(0, 65535, SIDE * SIDE).reshape(SIDE, SIDE).astype(np.uint16)
+    image = one_image(tmp_path, encode(values))
+    assert (image == np.rint(values / 65535 * 255)[..., None]).all()
+
+
+def test_gray_is_repeated_and_counts_one_native_channel(tmp_path):
+    gray = pixels_of(1)[0][..., 0]
+    image = one_image(tmp_path, encode(gray))
+    assert (image == gray[..., None]).all()
+    assert load(tmp_path).raw_bytes == 6 * SIDE * SIDE
+
+
+def test_cmyk_and_palette_images_become_colour(tmp_path):
+    red = Image.new("RGB", (SIDE, SIDE), (255, 0, 0))
+    for k, (mode, kind) in enumerate([("CMYK", "TIFF"), ("P", "PNG")]):
+        buffer = io.BytesIO()
+        red.convert(mode).save(buffer, kind)
+        assert (one_image(tmp_path / str(k), buffer.getvalue()) == [255, 0, 0]).all()
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown rotated clockwise by 90 degrees
+    pixels = pixels_of(1)[0]
+    image = one_image(tmp_path, encode(pixels, exif=exif))
+    assert (image == np.rot90(pixels, -1)).all()
+
+
+def test_crop_keeps_the_centre_and_squash_keeps_everything(tmp_path):
+    wide = np.zeros((SIDE, 3 * SIDE, 3), np.uint8)
+    wide[:, SIDE : 2 * SIDE] = pixels_of(1, 3)[0]
+    content = encode(wide)
+    assert (one_image(tmp_path / "crop", content, resize="crop") == wide[:, SIDE : 2 * SIDE]).all()
+    squashed = np.asarray(Image.fromarray(wide).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    assert (one_image(tmp_path / "squash", content, resize="squash") == squashed).all()
+    with pytest.raises(StillroomError, match="18x6"):
+        one_image(tmp_path / "refuse", content)
+
+
+# Parquet
+
+
+@pytest.mark.parametrize("place", ["", "data", "plain_text"])
+@pytest.mark.parametrize("raw", [False, True])
+def test_parquet_gives_the_stored_pixels_over_several_files_and_row_groups(tmp_path, place, raw):
+    pixels, labels = pixels_of(22), np.arange(22) % 2
+    for k, rows in enumerate((slice(0, 9), slice(9, 22))):
+        write_parquet(tmp_path / place / f"train-{k:05}-of-00002.parquet", pixels[rows], labels[rows], raw=raw)
+    write_parquet(tmp_path / place / "validation-00000-of-00001.parquet", pixels[:4], labels[:4], raw=raw)
+    real = load(tmp_path)
+    assert torch.equal(all_pixels(real.train), to_channels_first(pixels))
+    assert real.train.labels.tolist() == labels.tolist()
+    assert len(real.test) == 4
+    assert real.class_names == ("0", "1")
+    encoded = sum(len(encode(p)) for p in pixels)
+    assert 0.5 * encoded < real.stored_bytes < 1.5 * encoded + 2000
+
+
+def parquet_pair(root: Path, labels: Any, **options: Any) -> Path:
+    for split in ("train", "test"):
+        write_parquet(root / f"{split}.parquet", pixels_of(len(labels)), labels, **options)
+    return root
+
+
+def test_class_names_come_from_the_hubs_metadata_or_from_sorted_string_labels(tmp_path):
+    assert load(parquet_pair(tmp_path / "hub", [0, 1, 1], names=["dog", "cat"])).class_names == ("dog", "cat")
+    real = load(parquet_pair(tmp_path / "text", ["dog", "cat", "dog"]))
+    assert real.class_names == ("cat", "dog")
+    assert real.train.labels.tolist() == [1, 0, 1]
+    encoded = pa.array(["dog", "cat", "dog"]).dictionary_encode()
+    assert load(parquet_pair(tmp_path / "dictionary", encoded)).class_names == ("cat", "dog")
+
+
+def test_ambiguous_or_unfit_columns_are_listed_and_can_be_named(tmp_path):
+    both = parquet_pair(tmp_path / "both", [0, 1], extra={"labels": [1, 0]})
+    with pytest.raises(
+        StillroomError, match=r"2 candidates for the label column.*labels \(int64\).*--data\.label-column"
+    ):
+        load(both)
+    assert load(both, label_column="labels").train.labels.tolist() == [1, 0]
+    with pytest.raises(StillroomError, match=r"no image column 'label'"):
+        load(both, label_column="labels", image_column="label")
+    with pytest.raises(StillroomError, match="0 candidates for the label column"):
+        load(parquet_pair(tmp_path / "float", [0.0, 1.0]))
+    with pytest.raises(StillroomError, match="0 candidates for the label column"):
+        load(parquet_pair(tmp_path / "id", [0, 1], label="row_id"))
+    assert len(load(parquet_pair(tmp_path / "photo", [0, 1], image="photo")).train) == 2
+
+
+def test_flawed_parquet_is_refused(tmp_path):
+    with pytest.raises(StillroomError, match="row 1 has no 'label'"):
+        load(parquet_pair(tmp_path / "null", pa.array([0, None, 1])))
+    unseen = parquet_pair(tmp_path / "unseen", ["cat", "dog"])
+    write_parquet(unseen / "test.parquet", pixels_of(1), ["bird"])
+    with pytest.raises(StillroomError, match="test label 'bird', which the training split lacks"):
+        load(unseen)
+    untrained = write_parquet(tmp_path / "untrained" / "a.parquet", pixels_of(2), [0, 1]).parent
+    with pytest.raises(StillroomError, match="no parquet file with 'train'"):
+        load(untrained)
+    two = [parquet_pair(tmp_path / "two" / name, [0, 1]) for name in "xy"]
+    with pytest.raises(StillroomError, match=r"several datasets.*--data\.source"):
+        load(two[0].parent)
+    damaged = parquet_pair(tmp_path / "damaged", [0, 1])
+    (damaged / "train.parquet").write_bytes(b"PAR1 nonsense PAR1")
+    with pytest.raises(StillroomError, match=r"train\.parquet cannot be read as parquet"):
+        load(damaged)
+    absent = parquet_pair(tmp_path / "absent", [0, 1])
+    cells = pa.array([{"bytes": None}, {"bytes": encode(pixels_of(1)[0])}], pa.struct([("bytes", pa.binary())]))
+    pq.write_table(pa.table({"img": cells, "label": [0, 1]}), absent / "train.parquet")
+    with pytest.raises(StillroomError, match=r"train\.parquet row 0: .*no bytes are stored"):
+        load(absent)
+
+
+def test_one_parquet_file_is_a_training_split_and_needs_a_holdout(tmp_path):
+    path = write_parquet(tmp_path / "mine.parquet", pixels_of(6), [0, 1] * 3)
+    with pytest.raises(StillroomError, match="no test split"):
+        load(path)
+    assert (len(load(path, holdout_per_class=1).train), len(load(path, holdout_per_class=1).test)) == (4, 2)
+
+
+def test_a_hub_id_is_fetched_as_parquet_and_failures_say_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = parquet_pair(tmp_path / "snapshot", [0, 1])
+
+    def snapshot_download(repo: str, repo_type: str, allow_patterns: list[str]) -> str:
+        assert (repo, repo_type, allow_patterns) == ("owner/pets", "dataset", ["*.parquet"])
+        return str(folder)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot_download))
+    real = load("owner/pets")
+    assert (real.name, len(real.train)) == ("owner/pets", 2)
+
+    def offline(*_: Any, **__: Any) -> str:
+        raise ConnectionError("no network")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=offline))
+    with pytest.raises(StillroomError, match="could not be fetched from the Hub: no network"):
+        load("owner/pets")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(StillroomError, match=r"install stillroom\[hub\]"):
+        load("owner/pets")
+
+
+# npz
+
+
+def test_npz_accepts_every_stated_shape_of_images_and_labels(tmp_path):
+    pixels = pixels_of(6, 1)
+    plain = load(write_npz(tmp_path / "a.npz"))
+    assert isinstance(plain.train, MemoryImages)
+    assert torch.equal(all_pixels(plain.train), to_channels_first(pixels))
+    first = {"train_images": pixels.transpose(0, 3, 1, 2), "train_labels": (np.arange(6, dtype=np.uint8) % 2)[:, None]}
+    assert load(write_npz(tmp_path / "b.npz", **first)).fingerprint == plain.fingerprint
+    for gray in (pixels[..., 0], pixels[..., :1], pixels[..., 0][:, None]):
+        real = load(write_npz(tmp_path / "c.npz", train_images=gray))
+        assert torch.equal(all_pixels(real.train), to_channels_first(pixels[..., :1]).expand(-1, 3, -1, -1))
+        assert real.raw_bytes == real.stored_bytes == 6 * SIDE * SIDE
+
+
+def test_npz_class_names_and_the_validation_split_are_used_where_they_are_needed(tmp_path):
+    names = np.array(["dog", "cat"])
+    val = {"val_images": pixels_of(2, 9), "val_labels": np.arange(2)}
+    real = load(write_npz(tmp_path / "a.npz", class_names=names, **val))
+    assert real.class_names == ("dog", "cat")
+    assert len(real.test) == 6
+    assert len(load(write_npz(tmp_path / "b.npz", test_images=None, test_labels=None, **val)).test) == 2
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"train_images": np.zeros((6, 4, 4, 3), np.float32)}, r"float32.*must be uint8.*np\.rint\(images \* 255\)"),
+    ({"train_images": np.zeros((6, 4, 4, 4), np.uint8)}, r"shape \[6, 4, 4, 4\]"),
+    ({"train_images": np.zeros((6, 0, 0, 3), np.uint8)}, r"shape \[6, 0, 0, 3\]"),
+    ({"train_images": np.zeros((6,), np.uint8)}, r"shape \[6\]"),
+    ({"train_images": np.array([{}] * 6)}, "object"),
+    ({"train_images": None}, "no array 'train_images'"),
+    ({"test_images": None, "test_labels": None}, "no test split"),
+    ({"test_labels": None}, "no array 'test_labels'"),
+    ({"train_labels": np.zeros(5, np.int64)}, r"int64 \[5\]; the 6 images"),
+    ({"train_labels": np.array([0, 1, 0, 1, 0, np.nan])}, r"float64 \[6\].*integers"),
+    ({"train_labels": np.array([0, 1, 0, 1, 0, -1])}, r"training label -1, but its 3 classes"),
+    ({"train_labels": np.array([0, 1, 0, 1, 0, 3])}, r"training label 3, but its 3 classes are labelled 0 \.\.\. 2"),
+    ({"train_labels": np.array([0, 1, 0, 1, 0, 2**64 - 1], np.uint64)}, "training label 18446744073709551615"),
+    ({"test_labels": np.array([0, 1, 0, 1, 0, 2])}, "test label 2, but its 2 classes"),
+    ({"train_labels": np.zeros(6, np.int64)}, "1 class"),
+    ({"class_names": np.array(["a", "b", "c"])}, r"class 2 \('c'\) has no training image"),
+    ({"class_names": np.array([1, 2])}, "must be strings"),
+    ({"train_images": np.zeros((6, 4, 5, 3), np.uint8)}, r"train_images\[0\] is 5x4 pixels"),
+])  # fmt: skip
+def test_a_flawed_npz_gives_one_error_that_names_the_array(tmp_path, changes, message):
+    with pytest.raises(StillroomError, match=message):
+        load(write_npz(tmp_path / "x.npz", **changes))
+
+
+def test_npz_arrays_above_the_memory_limit_are_refused_before_they_are_read(tmp_path):
+    with pytest.raises(StillroomError, match=r"cannot be read lazily.*--data\.memory-limit-gib"):
+        load(write_npz(tmp_path / "x.npz"), memory_limit_gib=1e-9)
+
+
+QUIET = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+DTYPES = st.sampled_from([np.uint8, np.uint8, np.int64, np.uint64, np.int8, np.float32, bool, "U3", object])
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 4, 4, 4]), max_size=5).map(tuple)
+
+
+def arrays(shapes: st.SearchStrategy, dtypes: st.SearchStrategy) -> st.SearchStrategy:
+    def build(shape: tuple[int, ...], dtype: Any, seed: int) -> np.ndarray:
+        return np.random.default_rng(seed).integers(0, 3, shape).astype(dtype)
+
+    return st.builds(build, shapes, dtypes, st.integers(0, 99))
+
+
+@QUIET
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            f"{split}_{key}": st.one_of(arrays(SHAPES, DTYPES), likely)
+            for split in ("train", "test")
+            for key, likely in (
+                ("images", arrays(st.sampled_from([(4, 4, 4, 3), (4, 3, 4, 4), (4, 4, 4)]), st.just(np.uint8))),
+                ("labels", st.sampled_from([np.array([0, 1, 0, 1]), np.array([[0], [1], [2], [0]])])),
+            )
+        }
+        | {"class_names": arrays(SHAPES, DTYPES)},
+    )
+)
+def test_any_npz_of_any_arrays_loads_or_is_refused(tmp_path, content):
+    np.savez(tmp_path / "x.npz", **content)
+    loads_or_is_refused(tmp_path / "x.npz")
+
+
+def loads_or_is_refused(source: Path, **settings: Any) -> None:
+    try:
+        real = load(source, **settings)
+    except StillroomError:
+        return
+    batch = all_pixels(real.train)
+    assert batch.shape == (len(real.train), 3, real.image_size, real.image_size)
+    assert set(real.train.labels.tolist()) == set(range(real.classes))
+    assert all(np.isfinite([*real.mean, *real.std]))
+    assert len(real.fingerprint) == 64
+
+
+@QUIET
+@given(st.data())
+def test_any_damage_to_an_npz_is_harmless_or_refused(tmp_path, data):
+    content = bytearray(write_npz(tmp_path / "x.npz").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    (tmp_path / "x.npz").write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    loads_or_is_refused(tmp_path / "x.npz")
+
+
+@QUIET
+@given(st.data())
+def test_any_folder_of_random_files_loads_or_is_refused(tmp_path_factory, data):
+    root = write_folder(tmp_path_factory.mktemp("folder"))
+    kinds = [encode(pixels_of(1)[0], kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM")]
+    for _ in range(data.draw(st.integers(1, 3))):
+        content = bytearray(data.draw(st.one_of(st.sampled_from(kinds), st.binary(max_size=80))))
+        for _ in range(data.draw(st.integers(0, 3)) if content else 0):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        split, name = data.draw(
+            st.sampled_from(["train/a/0", "train/a/9", "train/b/1", "test/a/0", "test/b/x"])
+        ).rsplit("/", 1)
+        (root / split / name).write_bytes(content)
+    loads_or_is_refused(
+        root, skip_bad_images=data.draw(st.booleans()), resize=data.draw(st.sampled_from(["refuse", "crop"]))
+    )
+
+
+@QUIET
+@given(st.binary(max_size=60), st.integers(0, 3000))
+def test_any_damage_to_a_parquet_file_is_harmless_or_refused(tmp_path, noise, position):
+    root = parquet_pair(tmp_path, [0, 1, 0])
+    content = (root / "train.parquet").read_bytes()
+    position %= len(content)
+    (root / "train.parquet").write_bytes(content[:position] + noise + content[position + len(noise) :])
+    loads_or_is_refused(root, skip_bad_images=True)
+
+
+# Selection, laziness, identity
+
+
+def ranks(real: RealData) -> list[tuple[int, int]]:
+    """(label, first pixel) of each training image."""
+    return list(zip(real.train.labels.tolist(), all_pixels(real.train)[:, 0, 0, 0].tolist(), strict=True))
+
+
+def test_the_first_images_train_and_the_last_are_held_out_in_place_of_the_test_split(tmp_path):
+    labels = np.array([1, 0, 0, 1, 0, 1, 0, 0])
+    images = np.zeros((8, 4, 4, 3), np.uint8) + np.arange(8, dtype=np.uint8)[:, None, None, None]
+    path = write_npz(tmp_path / "x.npz", train_images=images, train_labels=labels, test_images=None, test_labels=None)
+    held = load(path, holdout_per_class=1)
+    assert all_pixels(held.train)[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 6]
+    assert all_pixels(held.test)[:, 0, 0, 0].tolist() == [5, 7]
+    assert held.test.labels.tolist() == [1, 0]
+    both = load(path, holdout_per_class=1, train_per_class=1)
+    assert ranks(both) == [(1, 0), (0, 1)]
+    assert both.stored_bytes == both.raw_bytes == 2 * 4 * 4 * 3
+    with pytest.raises(StillroomError, match=r"class 1 \('1'\) has no training image left after holding out"):
+        load(path, holdout_per_class=3)
+
+
+@pytest.mark.parametrize("layout", ["folder", "parquet"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"resize": "crop", "image_size": 4}, {"holdout_per_class": 1}, {"train_per_class": 2}]
+)
+def test_lazy_images_are_the_same_as_those_in_memory(tmp_path, layout, settings):
+    height = 4 if "resize" in settings else SIDE
+    root = write_folder(tmp_path, height=height) if layout == "folder" else parquet_pair(tmp_path, np.arange(11) % 2)
+    memory = load(root, **settings)
+    lazy = load(root, memory_limit_gib=EVERYTHING_LAZY, **settings)
+    assert isinstance(lazy.train, LazyImages)
+    assert isinstance(memory.train, MemoryImages)
+    for split in ("train", "test"):
+        one, other = getattr(memory, split), getattr(lazy, split)
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(all_pixels(one), all_pixels(other))
+        shuffled = torch.randperm(len(one), generator=torch.Generator().manual_seed(0))
+        assert torch.equal(one.batch(shuffled), other.to("cpu").batch(shuffled))
+    fields = ("class_names", "mean", "std", "image_size", "raw_bytes", "stored_bytes", "skipped_images")
+    assert all(getattr(memory, field) == getattr(lazy, field) for field in fields)
+
+
+def test_a_lazy_batch_names_the_image_that_became_unreadable(tmp_path):
+    root = write_folder(tmp_path)
+    real = load(root, memory_limit_gib=EVERYTHING_LAZY)
+    (root / "train" / "b" / "0.png").unlink()
+    with pytest.raises(StillroomError, match=r"b/0\.png"):
+        real.train.batch(torch.tensor([0, 3]))
+
+
+def test_the_fingerprint_is_that_of_names_labels_and_pixels_and_changes_with_each(tmp_path):
+    real = load(write_npz(tmp_path / "x.npz"))
+    digest = hashlib.sha256(json.dumps(["0", "1"]).encode())
+    for seed in (1, 2):
+        digest.update((np.arange(6) % 2).astype(np.int64).tobytes())
+        digest.update(json.dumps([6, 3, SIDE, SIDE]).encode())
+        digest.update(np.ascontiguousarray(pixels_of(6, seed).transpose(0, 3, 1, 2)).tobytes())
+    assert real.fingerprint == digest.hexdigest()
+    other = pixels_of(6, 1)
+    other[5, 5, 5, 2] ^= 1
+    changed = {"train_images": other, "test_labels": np.arange(6)[::-1] % 2, "class_names": np.array(["a", "b"])}
+    for key, value in changed.items():
+        assert load(write_npz(tmp_path / "y.npz", **{key: value})).fingerprint != real.fingerprint
+
+
+def test_a_lazy_fingerprint_changes_with_a_files_size_and_not_with_the_place(tmp_path):
+    one = load(write_folder(tmp_path / "one"), memory_limit_gib=EVERYTHING_LAZY).fingerprint
+    root = write_folder(tmp_path / "two")
+    assert load(root, memory_limit_gib=EVERYTHING_LAZY).fingerprint == one
+    with (root / "test" / "a" / "0.png").open("ab") as file:
+        file.write(b"x")
+    assert load(root, memory_limit_gib=EVERYTHING_LAZY).fingerprint != one
+
+
+# Settings
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"source": ""}, r"--data\.source is empty"),
+    ({"source": "cifar1000"}, "Did you mean 'cifar100'"),
+    ({"source": "no/such/path"}, "no existing path"),
+    ({"source": "nowhere.npz"}, "no existing path"),
+    ({"resize": "stretch"}, r"--data\.resize is 'stretch'"),
+    ({"image_size": 0}, r"--data\.image-size is 0"),
+    ({"train_per_class": 0}, r"--data\.train-per-class is 0"),
+    ({"holdout_per_class": -1}, r"--data\.holdout-per-class is -1"),
+    ({"memory_limit_gib": float("nan")}, r"--data\.memory-limit-gib is nan"),
+    ({"image_size": 16}, "digits train.* is 32x32 pixels .*not 16x16"),
+])  # fmt: skip
+def test_a_bad_setting_is_refused_by_name(settings, message):
+    with pytest.raises(StillroomError, match=message):
+        load_real(DataConfig(**settings))
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "x.zip").write_bytes(b"")
+    with pytest.raises(StillroomError, match=r"neither \.npz nor \.parquet"):
+        load(tmp_path / "x.zip")
+    (tmp_path / "x.npz").write_bytes(b"text")
+    with pytest.raises(StillroomError, match="cannot be read as npz"):
+        load(tmp_path / "x.npz")
+
+
+needs_real_data = pytest.mark.skipif(
+    not Path(os.environ.get("STILLROOM_TEST_DATA", ""), "cifar100.npz").is_file(),
+    reason="needs real images: set STILLROOM_TEST_DATA to a folder with cifar100.npz",
+)
+
+
+@needs_real_data
+def test_real_cifar100_has_the_constants_of_its_row():
+    real = load("cifar100", root=os.environ["STILLROOM_TEST_DATA"])
+    assert isinstance(real.train, MemoryImages)
+    assert (len(real.train), len(real.test), real.classes) == (50_000, 10_000, 100)
+    for channel in range(3):
+        pixels = real.train.images[:, channel].double() / 255
+        assert abs(pixels.mean().item() - real.mean[channel]) < 1e-3
+        assert abs(pixels.std().item() - real.std[channel]) < 1e-3
