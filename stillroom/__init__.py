@@ -9,21 +9,34 @@ distilled.save("digits-ipc10")
 print(stillroom.evaluate(distilled, real, "convnet_thin", seeds=3, epochs=40))
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
 
-from stillroom.api import distill, evaluate, load_real, load_teachers
-from stillroom.distilled import DistilledSet, count_bytes, load_distilled, verify_distilled
-from stillroom.errors import StillroomError, TimeLimitReached
+# Each name is imported when it is asked for: reading a distilled set needs no networks and no training code.
+_HOME = {
+    "distill": "api",
+    "evaluate": "api",
+    "load_real": "api",
+    "load_teachers": "api",
+    "DistilledSet": "distilled",
+    "count_bytes": "distilled",
+    "load_distilled": "distilled",
+    "verify_distilled": "distilled",
+    "StillroomError": "errors",
+    "TimeLimitReached": "errors",
+}
+__all__ = sorted(_HOME)
 
-__all__ = [
-    "DistilledSet",
-    "StillroomError",
-    "TimeLimitReached",
-    "count_bytes",
-    "distill",
-    "evaluate",
-    "load_distilled",
-    "load_real",
-    "load_teachers",
-    "verify_distilled",
-]
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'stillroom' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"stillroom.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]

@@ -153,10 +153,10 @@ def evaluate(
         if not run.unit_done(unit):
             result = train_student(distilled, real, config, train, steps, seed, teachers or [], plan, run, unit)
             run.finish_unit(unit, result)
+            run.check_time()
         else:
             result, _ = run.load_unit(unit)
         results.append(result)
-        run.check_time()
     stored = 0 if distilled.soft_labels is None else distilled.soft_labels.nbytes
     batch = min(train.batch_size, distilled.view_count)
     return Evaluation(

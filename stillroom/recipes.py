@@ -79,7 +79,7 @@ _IMAGENET = replace(
 
 # Thin networks and few steps: what two cores do in an hour or two instead of what a GPU does in one.
 _LAPTOP_TEACHERS = TeachersConfig(
-    ("resnet10_thin", "mobilenet_v2_thin", "shufflenet_v2_thin", "convnet_thin"), recipe="fast", epochs=10
+    ("resnet10_thin", "shufflenet_v2_thin", "convnet_thin"), recipe="fast", epochs=10
 )
 _LAPTOP_STUDENT = StudentConfig("resnet10_thin", replace(CIFAR_STUDENT, epochs=30), dynamic_epochs=30)
 _LAPTOP = Recipe(

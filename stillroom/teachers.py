@@ -119,7 +119,6 @@ def load_teachers(real: RealData, config: TeachersConfig, plan: Plan, run: Run) 
         check_above_chance(teacher, real)
         run.event("teacher", **teacher.facts())
         teachers.append(teacher)
-        run.check_time()
     return teachers
 
 
@@ -165,6 +164,7 @@ def _train_or_load(name: str, real: RealData, config: TeachersConfig, plan: Plan
             facts = {"accuracy": accuracy, "hash": hash_weights(model), "key": key, "history": history}
             write_json(entry / "teacher.json", facts)
             (entry / "checkpoint.safetensors").unlink(missing_ok=True)
+            run.check_time()
     facts = read_json(entry / "teacher.json")
     tensors, _ = load_tensors(entry / "weights.safetensors")
     model.load_state_dict(tensors)

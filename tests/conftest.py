@@ -2,6 +2,100 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
+from torch import nn
+
+from stillroom.compute import ComputeConfig, Plan, resolve_plan
+from stillroom.data import MemoryImages, RealData
+from stillroom.teachers import Teacher, hash_weights
 
 torch.set_num_threads(1)
+
+TOY_CLASSES = 4
+TOY_SIZE = 8
+
+
+def build_toy(train_per_class: int = 24, test_per_class: int = 10) -> RealData:
+    """Four classes of 8x8 blobs: a bright corner each, in noise."""
+    generator = torch.Generator().manual_seed(7)
+
+    def split(per_class: int) -> MemoryImages:
+        labels = torch.arange(TOY_CLASSES).repeat(per_class)
+        images = torch.randint(0, 120, (len(labels), 3, TOY_SIZE, TOY_SIZE), generator=generator)
+        for image, label in zip(images, labels.tolist(), strict=True):
+            top, left = 4 * (label // 2), 4 * (label % 2)
+            image[:, top : top + 4, left : left + 4] += 110
+        return MemoryImages(images.to(torch.uint8), labels)
+
+    train, test = split(train_per_class), split(test_per_class)
+    pixels = train.images.double() / 255
+    mean, std = pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()
+    return RealData(
+        name="toy",
+        class_names=("north west", "north east", "south west", "süd/ost"),
+        train=train,
+        test=test,
+        mean=tuple(mean),
+        std=tuple(std),
+        image_size=TOY_SIZE,
+        flip=False,
+        skipped_images=0,
+        raw_bytes=train.images.numel(),
+        stored_bytes=train.images.numel(),
+    )
+
+
+class ToyNet(nn.Sequential):
+    """Two layers with BatchNorm, running statistics away from their start, in float32 on the CPU."""
+
+    def __init__(self, seed: int, width: int = 6) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            super().__init__(
+                nn.Conv2d(3, width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                nn.Flatten(),
+                nn.Linear(width * (TOY_SIZE // 2) ** 2, TOY_CLASSES),
+            )
+            for module in self:
+                if isinstance(module, nn.BatchNorm2d):
+                    nn.init.normal_(module.running_mean, 0.0, 0.5)
+                    nn.init.uniform_(module.running_var, 0.5, 2.0)
+                    nn.init.uniform_(module.weight, 0.5, 1.5)
+                    nn.init.normal_(module.bias)
+
+
+def build_toy_teacher(seed: int = 0, name: str | None = None) -> Teacher:
+    model = ToyNet(seed).eval().requires_grad_(False)
+    return Teacher(name or f"toynet{seed}", model, {"top1": 0.9, "top5": 1.0}, hash_weights(model), "made for a test")
+
+
+@pytest.fixture
+def toy() -> RealData:
+    return build_toy()
+
+
+@pytest.fixture
+def toy_teachers() -> list[Teacher]:
+    return [build_toy_teacher(0), build_toy_teacher(1)]
+
+
+@pytest.fixture
+def plan() -> Plan:
+    """Float32, eager, one thread: what the references are compared with."""
+    return resolve_plan(ComputeConfig(device="cpu", precision="float32", compile="off", threads=1))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test reads or writes the user's teacher cache."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("STILLROOM_CACHE", str(cache))
+    return cache

@@ -328,11 +328,18 @@ def test_the_card_points_to_the_images_and_shows_the_budget(saved: Path) -> None
     assert images == {"split": "train", "path": load_distilled(saved).manifest.files["images"].name}
     assert f"| images | {12 * 3 * HEIGHT * WIDTH:,} |" in card
     assert "| resnet18 | 91.50 % |" in card
+
+
+def test_the_contact_sheet_has_the_classes_on_top_and_the_teachers_below(saved: Path) -> None:
+    distilled = build_set()
+    assert distilled.compensators is not None
+    last = dequantize_compensators(distilled.compensators)[-1, -1]
     with Image.open(saved / "contact_sheet.png") as sheet:
-        # Three columns of slots; four classes and two teachers as rows.
-        assert sheet.width / sheet.height == pytest.approx(
-            SLOTS * WIDTH / ((len(CLASSES) + TEACHERS) * HEIGHT), rel=0.02
-        )
+        expected = SLOTS * WIDTH / ((len(CLASSES) + TEACHERS) * HEIGHT)
+        assert sheet.width / sheet.height == pytest.approx(expected, rel=0.02)
+        assert np.array_equal(np.asarray(sheet)[0, 0], distilled.images[0, :, 0, 0].numpy())
+        stretched = (127.5 + 127.5 * last[:, -1, -1] / last.abs().max()).round()
+        assert np.array_equal(np.asarray(sheet)[-1, -1], stretched.numpy())
 
 
 # ---- damage

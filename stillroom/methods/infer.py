@@ -105,10 +105,10 @@ def distill(
                     teacher, naturals[packed.start : packed.stop], packed, real, config, seed, plan, run, unit
                 )
                 run.finish_unit(unit, {"teacher": teacher.name, "slots": list(packed)}, tensors)
+                run.check_time()
             else:
                 _, tensors = run.load_unit(unit)
             parts.append(tensors["compensators"])
-            run.check_time()
         rows.append(torch.cat(parts))
     compensators = torch.stack(rows) * torch.tensor(real.std).view(3, 1, 1)  # to [0, 1] pixel units
     manifest = describe_set(
