@@ -14,7 +14,6 @@ with everything saved: the same command goes on.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import re
 import shutil
@@ -24,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 import yaml
 from rich.console import Console
@@ -118,6 +118,15 @@ def main(argv: list[str] | None = None) -> int:
         return COMMANDS[name](rest)
     except StillroomError as error:
         print(f"stillroom: {error}", file=sys.stderr)
+        return FAILED
+    except OSError as error:
+        print(f"stillroom: {error}; finished units are kept, the same command goes on", file=sys.stderr)
+        return FAILED
+    except torch.OutOfMemoryError as error:
+        print(
+            f"stillroom: out of memory ({str(error).splitlines()[0]}); lower --compute.pack-slots or the batch size",
+            file=sys.stderr,
+        )
         return FAILED
     except TimeLimitReached as stop:
         print(f"stillroom: stopped ({stop}); everything is saved, the same command goes on", file=sys.stderr)
@@ -426,9 +435,10 @@ def show_budget(folder: Path) -> None:
     real = manifest.dataset
     table.add_row("real training set", f"{real.images:,}", _bytes(real.raw_bytes), _bytes(real.stored_bytes))
     console.print(table)
-    for name, value in dataclasses.asdict(budget).items():
-        if "ratio" in name:
-            print(f"{name.replace('_', ' ')}: {100 * value:.2f} %")
+    print(
+        f"compression: {100 * budget.raw_ratio:.2f} % by raw bytes, {100 * budget.stored_ratio:.2f} % by stored bytes, "
+        f"{100 * budget.paper_ratio:.2f} % by the paper's convention"
+    )
     print(f"classes: {', '.join(manifest.class_names[:10])}{', ...' if len(manifest.class_names) > 10 else ''}")
     if manifest.teachers:
         print("teachers: " + ", ".join(f"{t.name} {t.accuracy:.1f} %" for t in manifest.teachers))

@@ -7,6 +7,7 @@ library versions and kind of processor give the same bits. Another plan gives th
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -96,6 +97,10 @@ class Plan:
         """Return `function` compiled where that pays within `steps` calls (or is asked for), else unchanged."""
         if self.compile == "off" or (self.compile == "auto" and steps < COMPILE_FROM_STEPS):
             return function
+        # Each piece of work compiles a function of its own; without this the eighth would silently run eagerly.
+        torch._dynamo.reset()
+        # Where a CUDA toolkit is installed but no GPU is, torch warns of it at every compilation.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         # Static shapes: one piece of work always sees one shape, and dynamic kernels are slower.
         return torch.compile(function, dynamic=False)  # type: ignore[return-value]
 

@@ -144,6 +144,8 @@ def evaluate(
     data do not belong together or a loss is not finite, TimeLimitReached where the run is to stop.
     """
     check_matches(distilled, real)
+    if not seeds:
+        raise StillroomError("seeds is empty; give at least one, such as 0 1 2")
     kind = distilled.manifest.label_kind
     train = config.train_for(kind)
     steps = total_steps or train.epochs * steps_per_epoch(distilled, train.batch_size)

@@ -27,10 +27,7 @@ from typing import Any
 from urllib.error import URLError
 
 import torch
-import torchvision
 from torch import nn
-from torchvision.models.efficientnet import EfficientNet, MBConvConfig
-from torchvision.models.resnet import BasicBlock
 
 from stillroom.errors import StillroomError, suggest
 
@@ -86,7 +83,7 @@ def load_pretrained_imagenet(name: str) -> nn.Module:
     if name not in published:
         raise StillroomError(f"No ImageNet weights for network {name!r}." + suggest(name, published))
     model = build_network(name, classes=1000, image_size=224)
-    weights = torchvision.models.get_model_weights(published[name])["IMAGENET1K_V1"]
+    weights = _models().get_model_weights(published[name])["IMAGENET1K_V1"]
     try:
         model.load_state_dict(weights.get_state_dict(progress=False, check_hash=True))
     except (URLError, OSError, RuntimeError) as error:
@@ -129,8 +126,15 @@ def _convolution(inputs: int, outputs: int, size: int, stride: int) -> nn.Conv2d
     return convolution
 
 
+def _models() -> Any:
+    """torchvision.models, imported where a network is built: it takes seconds (torch's compiler comes with it)."""
+    import torchvision
+
+    return torchvision.models
+
+
 def _resnet(name: str, classes: int, image_size: int, channels: int) -> nn.Module:
-    model = torchvision.models.get_model(name, num_classes=classes)
+    model = _models().get_model(name, num_classes=classes)
     if image_size <= SMALL:
         model.conv1 = _convolution(channels, 64, 3, stride=1)
         model.maxpool = nn.Identity()
@@ -156,7 +160,7 @@ def _thin_resnet(blocks: int, classes: int, image_size: int, channels: int) -> n
             shortcut = None
             if inputs != width:
                 shortcut = nn.Sequential(_convolution(inputs, width, 1, stride), nn.BatchNorm2d(width))
-            members.append(BasicBlock(inputs, width, stride, shortcut))
+            members.append(_models().resnet.BasicBlock(inputs, width, stride, shortcut))
             inputs = width
         layers[f"layer{stage}"] = nn.Sequential(*members)
     layers["avgpool"] = nn.AdaptiveAvgPool2d(1)
@@ -170,7 +174,7 @@ def _thin_resnet(blocks: int, classes: int, image_size: int, channels: int) -> n
 
 
 def _mobilenet_v2(width: float, classes: int, image_size: int, channels: int) -> nn.Module:
-    model = torchvision.models.mobilenet_v2(num_classes=classes, width_mult=width)
+    model = _models().mobilenet_v2(num_classes=classes, width_mult=width)
     stem = model.features[0]
     if channels != 3:
         stem[0] = _convolution(channels, stem[0].out_channels, 3, stride=2)
@@ -192,8 +196,9 @@ _EFFICIENTNET_B0 = (  # the EfficientNet paper's Table 1: expansion, kernel, str
 
 
 def _efficientnet_b0(width: float, classes: int, image_size: int, channels: int) -> nn.Module:
-    stages = [MBConvConfig(*stage, width_mult=width) for stage in _EFFICIENTNET_B0]
-    model = EfficientNet(stages, dropout=0.2, stochastic_depth_prob=0.2, num_classes=classes)
+    library = _models().efficientnet
+    stages = [library.MBConvConfig(*stage, width_mult=width) for stage in _EFFICIENTNET_B0]
+    model = library.EfficientNet(stages, dropout=0.2, stochastic_depth_prob=0.2, num_classes=classes)
     stem = model.features[0]
     if channels != 3:
         stem[0] = _convolution(channels, stem[0].out_channels, 3, stride=2)
@@ -203,7 +208,7 @@ def _efficientnet_b0(width: float, classes: int, image_size: int, channels: int)
 
 
 def _shufflenet_v2(name: str, classes: int, image_size: int, channels: int) -> nn.Module:
-    model = torchvision.models.get_model(name, num_classes=classes)
+    model = _models().get_model(name, num_classes=classes)
     if channels != 3:
         model.conv1[0] = _convolution(channels, model.conv1[0].out_channels, 3, stride=2)
     if image_size <= SMALL:
@@ -253,7 +258,7 @@ def _find_in_libraries(name: str) -> Callable[[int, int, int], nn.Module]:
         raise StillroomError(f"Unknown library {library!r} in network {name!r}." + suggest(library, choices))
     known = set() if library else set(NETWORKS)
     if library != "timm":
-        names = torchvision.models.list_models(module=torchvision.models)  # classifiers: not detection, video, ...
+        names = _models().list_models(module=_models())  # classifiers: not detection, video, ...
         if bare in names:
             return partial(_from_torchvision, bare)
         known.update(names)
@@ -270,7 +275,7 @@ def _find_in_libraries(name: str) -> Callable[[int, int, int], nn.Module]:
 def _from_torchvision(name: str, classes: int, image_size: int, channels: int) -> nn.Module:
     if channels != 3:
         raise StillroomError(f"channels={channels}: torchvision:{name} takes 3; use timm or a network of the table.")
-    return _checked(torchvision.models.get_model(name, num_classes=classes), f"torchvision:{name}", classes, image_size)
+    return _checked(_models().get_model(name, num_classes=classes), f"torchvision:{name}", classes, image_size)
 
 
 def _from_timm(name: str, classes: int, image_size: int, channels: int) -> nn.Module:

@@ -8,6 +8,7 @@ Every stage is made of units that the run keeps; the same command after an inter
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -44,13 +45,14 @@ class Cell:
 def open_stages(recipe: Recipe, run: Run) -> tuple[RealData, Plan]:
     """Load the data and fix the numerical plan, refusing what cannot work before any work is spent."""
     plan = resolve_plan(recipe.compute, run.notice)
-    settings = {k: v for k, v in asdict(recipe).items() if k != "compute"}
-    plan = Plan(**run.bind_config(settings, plan.as_dict()))
-    plan.activate()
     real = load_real(recipe.data)
     if real.skipped_images:
         run.notice(f"{real.skipped_images} images of {real.name!r} could not be read and were left out")
     check_recipe(recipe, real)
+    # Only now: a run directory must not be bound to settings that never worked.
+    settings = {k: v for k, v in asdict(recipe).items() if k != "compute"}
+    plan = Plan(**run.bind_config(settings, plan.as_dict()))
+    plan.activate()
     return real, plan
 
 
@@ -89,6 +91,7 @@ def distill_recipe(recipe: Recipe, run: Run, real: RealData, teachers: list[Teac
 def run_recipe(recipe: Recipe, run: Run, name: str = "custom") -> dict[str, Any]:
     """Carry out `recipe` in `run` and return its results, which are also written to results.json."""
     real, plan = open_stages(recipe, run)
+    made_by = provenance(plan)  # now: the source may change while the run goes on
     teachers = load_teachers(real, recipe.teachers, plan, run)
     distilled = distill_recipe(recipe, run, real, teachers, plan)
     rows = []
@@ -116,7 +119,7 @@ def run_recipe(recipe: Recipe, run: Run, name: str = "custom") -> dict[str, Any]
         "bytes": _budget(distilled),
         "cells": rows,
         "paper": EXPECTED.get(name, {}),
-        "provenance": provenance(plan),
+        "provenance": made_by,
         "settings": asdict(recipe),
     }
     if run.directory is not None:
@@ -172,8 +175,14 @@ def relabel(distilled: DistilledSet, labels: str, teachers: list[Teacher], plan:
 
 def provenance(plan: Plan) -> dict[str, Any]:
     """Return what made a result: the command, the commit where there is one, library versions and numerical plan."""
-    words = ["stillroom", *sys.argv[1:]] if Path(sys.argv[0]).name.startswith("stillroom") else [Path(sys.argv[0]).name]
-    return {"command": " ".join(words), "commit": _commit(), "libraries": library_versions(), "plan": plan.as_dict()}
+    program = Path(sys.argv[0]).name
+    own = program in ("stillroom", "cli.py")
+    return {
+        "command": shlex.join(["stillroom", *sys.argv[1:]]) if own else program,
+        "commit": _commit(),
+        "libraries": library_versions(),
+        "plan": plan.as_dict(),
+    }
 
 
 def _commit() -> str | None:
@@ -200,7 +209,11 @@ def _commit() -> str | None:
 
 
 def _budget(distilled: DistilledSet) -> dict[str, Any]:
-    return dataclasses.asdict(count_bytes(distilled)) if distilled.manifest.files else {}
+    if not distilled.manifest.files:
+        return {}
+    budget = count_bytes(distilled)
+    ratios = {name: getattr(budget, name) for name in ("raw_ratio", "stored_ratio", "paper_ratio")}
+    return dataclasses.asdict(budget) | {name: round(value, 6) for name, value in ratios.items()}
 
 
 def _row(cell: Cell, evaluation: Evaluation) -> dict[str, Any]:

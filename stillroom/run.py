@@ -54,6 +54,7 @@ class Run:
             for part in ("units", "checkpoints"):
                 (directory / part).mkdir(parents=True, exist_ok=True)
             self._lock = _lock(directory)
+            _end_last_line(directory / "events.jsonl")
         except OSError as error:
             raise StillroomError(
                 f"run directory {str(directory)!r} cannot be written ({error.strerror}); give another with --out"
@@ -136,7 +137,7 @@ class Run:
     # -- events, clock, progress -----------------------------------------------------------------------------------
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append one line of JSON to the run's events; the last line is only ever lost whole."""
+        """Append one line of JSON to the run's events."""
         if self.directory is None:
             return
         line = json.dumps({"time": round(time.time(), 3), "event": kind, **fields}, allow_nan=True)
@@ -263,6 +264,13 @@ def _lock(directory: Path) -> Any:
     lock.write(str(os.getpid()))
     lock.flush()
     return lock
+
+
+def _end_last_line(events: Path) -> None:
+    """Keep a line that a killed process left half written from swallowing the next one."""
+    if events.exists() and not events.read_bytes().endswith(b"\n"):
+        with open(events, "a") as file:
+            file.write("\n")
 
 
 def _differences(stored: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -18,9 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from stillroom.compute import Plan
@@ -135,8 +134,7 @@ def teacher_key(name: str, real: RealData, config: TeachersConfig, plan: Plan) -
         "train": asdict(config.train),
         "seed": config.seed,
         "plan": {k: v for k, v in plan.as_dict().items() if k != "pack_slots"},
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
+        **{name: importlib.metadata.version(name) for name in ("torchvision", "timm")},
     }
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from stillroom.compute import ComputeConfig, Plan, resolve_plan
 from stillroom.data import MemoryImages, RealData
+from stillroom.networks import NETWORKS, Network
 from stillroom.teachers import Teacher, hash_weights
 
 torch.set_num_threads(1)
@@ -85,6 +86,14 @@ def toy() -> RealData:
 @pytest.fixture
 def toy_teachers() -> list[Teacher]:
     return [build_toy_teacher(0), build_toy_teacher(1)]
+
+
+@pytest.fixture
+def toynet(monkeypatch: pytest.MonkeyPatch) -> str:
+    """ToyNet as a row of the table, so that configurations can name it."""
+    row = Network(lambda classes, image_size, channels: ToyNet(torch.initial_seed()), (4, 4, 4))
+    monkeypatch.setitem(NETWORKS, "toynet", row)
+    return "toynet"
 
 
 @pytest.fixture

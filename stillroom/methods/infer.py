@@ -10,6 +10,7 @@ Y^k              (Eq. 6)      static labels; see labels.py
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -22,7 +23,7 @@ from stillroom.data import RealData
 from stillroom.distilled import DistilledSet, quantize_compensators
 from stillroom.errors import StillroomError
 from stillroom.manifest import ViewSettings
-from stillroom.methods.recover import Recorder, build_objective, check_has_batchnorm, cosine_rate
+from stillroom.methods.recover import Objective, Recorder, build_objective, check_has_batchnorm, cosine_rate
 from stillroom.methods.select import describe_set, draw_naturals, take_naturals
 from stillroom.run import Run
 from stillroom.teachers import Teacher
@@ -95,14 +96,20 @@ def distill(
     images, labels = take_naturals(real, chosen)
     naturals = images.unflatten(0, (slots, real.classes))  # uint8 [slots, classes, 3, height, width]
     rows = []
+    packs = [range(first, min(first + plan.pack_slots, slots)) for first in range(0, slots, plan.pack_slots)]
     for teacher in teachers:
         parts = []
-        for first in range(0, slots, plan.pack_slots):
-            packed = range(first, min(first + plan.pack_slots, slots))
+        # Compiled once per teacher and size of pack, and worth it by all of the teacher's steps.
+        objective_of = functools.cache(
+            functools.partial(build_losses, teacher, config=config, plan=plan, calls=config.steps * len(packs))
+        )
+        for packed in packs:
             unit = f"compensators-{teacher.name.replace(':', '-')}-{packed.start}-{packed.stop}"
             if not run.unit_done(unit):
+                chosen_naturals = naturals[packed.start : packed.stop]
+                losses = objective_of(len(packed))
                 tensors = optimize_compensators(
-                    teacher, naturals[packed.start : packed.stop], packed, real, config, seed, plan, run, unit
+                    teacher, chosen_naturals, packed, real, config, seed, plan, run, unit, losses
                 )
                 run.finish_unit(unit, {"teacher": teacher.name, "slots": list(packed)}, tensors)
                 run.check_time()
@@ -125,6 +132,18 @@ def distill(
     return DistilledSet(images, labels, slot_of, stored, None, manifest)
 
 
+def build_losses(teacher: Teacher, slots: int, config: InferConfig, plan: Plan, calls: int) -> Objective:
+    """Return Equation 3's two terms as a function of a batch of `slots` slots, compiled where `calls` repay it."""
+    recorder = Recorder(teacher.model, slots, config.first_layer_weight)
+    objective = build_objective(recorder, slots, config.statistics_weight)
+
+    def compute_losses(views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with plan.autocast():
+            return objective(views, labels)
+
+    return plan.compiled(compute_losses, calls)
+
+
 def optimize_compensators(
     teacher: Teacher,
     naturals: Tensor,
@@ -135,6 +154,7 @@ def optimize_compensators(
     plan: Plan,
     run: Run,
     unit: str,
+    compute_losses: Objective | None = None,
 ) -> dict[str, Tensor]:
     """Optimise the compensators of the slots `packed` for one teacher (Equation 3), all in one batch.
 
@@ -152,14 +172,7 @@ def optimize_compensators(
     first = 0
     if stored := checkpoint.load():
         first = _restore(stored, compensators, optimizer, losses)
-    recorder = Recorder(teacher.model, slots, config.first_layer_weight)
-    objective = build_objective(recorder, slots, config.statistics_weight)
-
-    def compute_losses(views: Tensor) -> tuple[Tensor, Tensor]:
-        with plan.autocast():
-            return objective(views, labels)
-
-    compute_losses = plan.compiled(compute_losses, config.steps)
+    compute_losses = compute_losses or build_losses(teacher, slots, config, plan, config.steps)
     label = f"compensators {teacher.name} {packed.start}-{packed.stop - 1}"
     with run.progress(label, config.steps, first) as advance:
         for step in range(first, config.steps):
@@ -171,7 +184,7 @@ def optimize_compensators(
                     for i, slot in enumerate(packed)
                 ]
             )
-            label_loss, statistics_loss = compute_losses(views.contiguous(memory_format=plan.memory_format))
+            label_loss, statistics_loss = compute_losses(views.contiguous(memory_format=plan.memory_format), labels)
             (label_loss + statistics_loss).sum().backward()  # slots do not touch each other: the sum packs them
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,318 @@
+"""The training loop: schedules, order, optimisers and accuracy against references; resumed equals uninterrupted."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TOY_CLASSES, ToyNet
+from torch import Tensor, nn
+
+from stillroom import run as run_module
+from stillroom import train as train_module
+from stillroom.compute import Plan
+from stillroom.data import MemoryImages, RealData
+from stillroom.errors import StillroomError, TimeLimitReached
+from stillroom.run import Run
+from stillroom.train import (
+    Epochs,
+    TrainConfig,
+    apply_normalization,
+    augment_images,
+    build_optimizer,
+    fit,
+    load_training_state,
+    measure_accuracy,
+    schedule_rate,
+    training_state,
+)
+
+SGD = TrainConfig(epochs=2, batch_size=16, learning_rate=0.05, crop_padding=1, flip=False)
+ADAMW = replace(SGD, optimizer="adamw", learning_rate=0.01)
+EPOCHS = Epochs(96, 16, 0, ("unit",))
+
+
+class DropoutNet(ToyNet):
+    """ToyNet that drops activations, so that the global generator decides what is learned."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.insert(7, nn.Dropout(0.5))
+
+
+def train(
+    real: RealData, plan: Plan, run: Run, net: nn.Module, config: TrainConfig = SGD, **options: Any
+) -> list[dict[str, float]]:
+    def draw_batch(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        images = augment_images(real.train.batch(rows), config, False, generator)
+        return apply_normalization(images, real.mean, real.std), real.train.labels[rows]
+
+    epochs = replace(EPOCHS, batch_size=config.batch_size)
+    loss = nn.functional.cross_entropy
+    return fit(net, config, epochs, draw_batch, loss, plan, run, run.checkpoint("unit"), label="unit", **options)
+
+
+def test_cosine_falls_once_an_epoch_from_the_configured_rate_towards_zero() -> None:
+    config = TrainConfig(learning_rate=0.2, schedule="cosine")
+    rates = [schedule_rate(config, step, total_steps=40, steps_per_epoch=10) for step in range(40)]
+    expected = np.repeat([0.2 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)], 10)
+    np.testing.assert_allclose(rates, expected)
+
+
+def test_one_cycle_rises_in_a_line_to_its_peak_and_falls_in_a_line_to_zero() -> None:
+    config = TrainConfig(learning_rate=0.5, schedule="one_cycle", warmup_fraction=0.2)
+    rates = [schedule_rate(config, step, total_steps=50, steps_per_epoch=7) for step in range(50)]
+    np.testing.assert_allclose(rates[:10], 0.05 * np.arange(1, 11))
+    np.testing.assert_allclose(rates[10:], 0.5 * np.arange(40, 0, -1) / 40)
+    assert max(rates) == 0.5
+
+
+def test_one_cycle_without_warmup_starts_at_its_peak() -> None:
+    config = TrainConfig(learning_rate=0.5, schedule="one_cycle", warmup_fraction=0.0)
+    assert schedule_rate(config, 0, total_steps=4, steps_per_epoch=2) == 0.5
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(96, 16), (100, 16), (5, 64), (7, 7)])
+def test_an_epoch_visits_every_item_at_most_once_and_later_ones_visit_what_it_left_out(
+    count: int, batch_size: int
+) -> None:
+    epochs = Epochs(count, batch_size, 0, ("unit",))
+    visited = [epochs.rows(epoch).flatten().tolist() for epoch in range(30)]
+    for rows in visited:
+        assert len(rows) == len(set(rows)) == epochs.steps * epochs.batch
+        assert count - len(rows) < epochs.batch
+    assert set(itertools.chain(*visited)) == set(range(count))
+    assert visited[0] != visited[1]
+
+
+def test_order_of_an_epoch_depends_on_seed_and_unit_alone() -> None:
+    first = Epochs(50, 10, 0, ("a",))
+    assert torch.equal(first.rows(4), Epochs(50, 10, 0, ("a",)).rows(4))
+    assert not torch.equal(first.rows(4), Epochs(50, 10, 1, ("a",)).rows(4))
+    assert not torch.equal(first.rows(4), Epochs(50, 10, 0, ("b",)).rows(4))
+
+
+@pytest.mark.parametrize("config", [SGD, replace(SGD, nesterov=True, decay_norms=False), ADAMW])
+def test_two_steps_agree_with_numpy_written_from_the_optimisers_papers(config: TrainConfig) -> None:
+    net = nn.Linear(3, 2)
+    optimizer = build_optimizer(net, config)
+    values = {name: p.detach().double().numpy().copy() for name, p in net.named_parameters()}
+    first = {name: np.zeros_like(v) for name, v in values.items()}
+    second = {name: np.zeros_like(v) for name, v in values.items()}
+    for step in (1, 2):
+        gradients = {name: np.full(v.shape, 0.3 * step) + 0.1 * v for name, v in values.items()}
+        for name, p in net.named_parameters():
+            p.grad = torch.from_numpy(gradients[name]).float()
+        optimizer.step()
+        for name, value in values.items():
+            decay = config.weight_decay if config.decay_norms or value.ndim > 1 else 0.0
+            gradient, rate = gradients[name], config.learning_rate
+            if config.optimizer == "sgd":
+                gradient = gradient + decay * value
+                first[name] = config.momentum * first[name] + gradient
+                value -= rate * (gradient + config.momentum * first[name] if config.nesterov else first[name])
+            else:
+                value *= 1 - rate * decay
+                first[name] = 0.9 * first[name] + 0.1 * gradient
+                second[name] = 0.999 * second[name] + 0.001 * gradient**2
+                corrected = np.sqrt(second[name] / (1 - 0.999**step)) + 1e-8
+                value -= rate * first[name] / (1 - 0.9**step) / corrected
+    for name, p in net.named_parameters():
+        np.testing.assert_allclose(p.detach().numpy(), values[name], rtol=1e-5, atol=1e-6)
+
+
+def test_weight_decay_spares_norms_and_biases_only_where_asked_to() -> None:
+    net = ToyNet(0)
+    names = {id(p): name for name, p in net.named_parameters()}
+    decayed, spared = build_optimizer(net, replace(SGD, decay_norms=False)).param_groups
+    assert {names[id(p)] for p in decayed["params"]} == {"0.weight", "3.weight", "7.weight"}
+    assert {names[id(p)] for p in spared["params"]} == {"1.weight", "1.bias", "4.weight", "4.bias", "7.bias"}
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (5e-4, 0.0)
+    (everything,) = build_optimizer(net, SGD).param_groups
+    assert len(everything["params"]) == len(names)
+
+
+def test_accuracy_agrees_with_numpy_on_more_images_than_one_batch(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "EVALUATION_BATCH", 64)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (150, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 9, (150,), generator=generator)
+    net = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(48, 9))
+    mean, std = (0.2, 0.4, 0.6), (0.5, 0.25, 0.3)
+    found = measure_accuracy(net, MemoryImages(images, labels), mean, std, plan)
+    shape = (1, 3, 1, 1)
+    x = (images.numpy() / 255.0 - np.reshape(mean, shape)) / np.reshape(std, shape)
+    logits = x.reshape(150, -1) @ net[2].weight.detach().double().numpy().T + net[2].bias.detach().double().numpy()
+    ranked = np.argsort(-logits, axis=1)
+    assert found["top1"] == pytest.approx((ranked[:, 0] == labels.numpy()).mean(), abs=1e-6)
+    assert found["top5"] == pytest.approx((ranked[:, :5] == labels.numpy()[:, None]).any(1).mean(), abs=1e-6)
+
+
+def test_training_state_comes_back_bit_for_bit(toy: RealData, plan: Plan) -> None:
+    for config in (SGD, ADAMW):
+        net = ToyNet(0)
+        optimizer = build_optimizer(net, config)
+        net(torch.randn(4, 3, 8, 8)).sum().backward()
+        optimizer.step()
+        state = {name: value.clone() for name, value in training_state(net, optimizer).items()}
+        other = ToyNet(1)
+        fresh = build_optimizer(other, config)
+        load_training_state(other, fresh, state)
+        again = training_state(other, fresh)
+        assert state.keys() == again.keys()
+        assert all(torch.equal(state[name], again[name]) for name in state)
+
+
+def last_state(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
+    """Keep what every optimiser of a fit ends with: model and moments."""
+    states: list[dict[str, Tensor]] = []
+
+    def build(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+        optimizer = build_optimizer(model, config)
+        optimizer.register_step_post_hook(lambda *_: states.append(training_state(model, optimizer)))
+        return optimizer
+
+    monkeypatch.setattr(train_module, "build_optimizer", build)
+    return states
+
+
+@pytest.mark.parametrize(
+    ("net", "config"), [(ToyNet, SGD), (ToyNet, ADAMW), (DropoutNet, replace(SGD, schedule="one_cycle"))]
+)
+def test_stopped_and_resumed_training_has_the_bits_of_an_uninterrupted_one(
+    toy: RealData,
+    plan: Plan,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    net: type[ToyNet],
+    config: TrainConfig,
+) -> None:
+    states = last_state(monkeypatch)
+    whole_history = train(toy, plan, Run(), net(0), config)
+    whole = {name: value.clone() for name, value in states[-1].items()}
+    history, stops = None, 0
+    while history is None:
+        torch.manual_seed(stops)  # whatever state the process is in
+        with Run(tmp_path / "run") as run:
+            # 12 steps in two epochs of 6: stopped within the first, at its end, and within the second.
+            looks = iter(range(100))
+            monkeypatch.setattr(Run, "stopping", property(lambda self, looks=looks: next(looks) >= (1, 2, 4)[stops % 3]))
+            try:
+                history = train(toy, plan, run, net(9 if stops else 0), config)
+            except TimeLimitReached:
+                stops += 1
+    assert stops >= 3
+    assert history == whole_history
+    resumed = states[-1]
+    assert resumed.keys() == whole.keys()
+    for name, value in whole.items():
+        assert torch.equal(resumed[name], value), name
+
+
+def test_checkpoints_written_on_the_way_carry_a_killed_training_on(
+    toy: RealData, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ToyNet(0)
+    train(toy, plan, Run(), whole)
+    monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", 0.0)
+    steps = iter(range(100))
+
+    def die(*_: object, **__: object) -> float:
+        if next(steps) == 7:
+            raise KeyboardInterrupt  # nothing is saved on the way out
+        return real_rate(*_, **__)
+
+    real_rate = train_module.schedule_rate
+    monkeypatch.setattr(train_module, "schedule_rate", die)
+    with Run(tmp_path / "run") as run, pytest.raises(KeyboardInterrupt):
+        train(toy, plan, run, ToyNet(0))
+    taken = []
+    monkeypatch.setattr(train_module, "schedule_rate", lambda *a: taken.append(a[1]) or real_rate(*a))
+    with Run(tmp_path / "run") as run:
+        net = ToyNet(9)
+        train(toy, plan, run, net)
+    assert taken == [7, 8, 9, 10, 11]
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), whole.state_dict().values(), strict=True))
+
+
+def test_reaching_the_time_limit_saves_the_state_before_leaving(toy: RealData, plan: Plan, tmp_path: Path) -> None:
+    with Run(tmp_path / "run", time_limit=0.0) as run:
+        with pytest.raises(TimeLimitReached, match="time limit"):
+            train(toy, plan, run, ToyNet(0))
+        stored = run.checkpoint("unit").load()
+    assert stored is not None
+    assert stored[1]["step"] == 1
+    assert "model.0.weight" in stored[0]
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_work_and_the_epoch(toy: RealData, plan: Plan) -> None:
+    net = ToyNet(0)
+    net[0].weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(StillroomError, match=r"the loss of unit is nan in epoch 1; lower the learning rate \(now 0.05"):
+        train(toy, plan, Run(), net)
+
+
+def test_total_steps_end_a_training_within_an_epoch(toy: RealData, plan: Plan) -> None:
+    history = train(toy, plan, Run(), ToyNet(0), total_steps=8, measure=lambda model: {"top1": 0.5})
+    assert [(row["epoch"], row["step"]) for row in history] == [(1, 6), (2, 8)]
+    assert "top1" not in history[0]
+    assert history[1]["top1"] == 0.5
+
+
+def test_accuracy_is_measured_at_the_asked_intervals_and_training_goes_on_in_train_mode(
+    toy: RealData, plan: Plan
+) -> None:
+    net = DropoutNet(0)
+    modes = []
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        model.eval()
+        return {"top1": 0.5}
+
+    net.register_forward_pre_hook(lambda *_: modes.append(net.training))
+    config = replace(SGD, epochs=5)
+    history = train(toy, plan, Run(), net, config, measure=measure, measure_every_epochs=2)
+    assert [row["epoch"] for row in history if "top1" in row] == [2, 4, 5]
+    assert all(modes)
+
+
+def test_training_leaves_the_global_random_state_as_it_was(toy: RealData, plan: Plan) -> None:
+    before = torch.get_rng_state()
+    train(toy, plan, Run(), DropoutNet(0))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_toynet_learns_the_toy_world(toy: RealData, plan: Plan) -> None:
+    net = ToyNet(0)
+    history = train(toy, plan, Run(), net, replace(SGD, epochs=4))
+    accuracy = measure_accuracy(net, toy.test, toy.mean, toy.std, plan)
+    assert accuracy["top1"] > 0.9
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert accuracy["top5"] == 1.0  # of four classes
+    assert TOY_CLASSES == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "train.epochs is 0; give 1 or more"),
+        ({"batch_size": 0}, "train.batch_size is 0"),
+        ({"mixup_beta": float("nan")}, "train.mixup_beta is nan"),
+        ({"crop_padding": -1}, "train.crop_padding is -1"),
+        ({"weight_decay": -0.1}, "train.weight_decay is -0.1"),
+        ({"learning_rate": 0.0}, "train.learning_rate is 0.0"),
+        ({"learning_rate": float("inf")}, "train.learning_rate is inf"),
+        ({"warmup_fraction": 1.0}, "train.warmup_fraction is 1.0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(StillroomError, match=message):
+        TrainConfig(**settings)
