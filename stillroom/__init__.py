@@ -3,7 +3,7 @@
 import stillroom
 
 real = stillroom.load_real("digits")
-teachers = stillroom.load_teachers(real, ["convnet_thin", "resnet10_thin"], recipe="fast", epochs=6)
+teachers = stillroom.load_teachers(real, ["resnet10_thin", "convnet_thin"], recipe="fast", epochs=6)
 distilled = stillroom.distill("infer", real, teachers, ipc=10, steps=60)
 distilled.save("digits-ipc10")
 print(stillroom.evaluate(distilled, real, "convnet_thin", seeds=3, epochs=40))

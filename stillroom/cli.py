@@ -27,7 +27,7 @@ import torch
 import tyro
 import yaml
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from stillroom import __version__
 from stillroom.compute import ComputeConfig, resolve_plan
@@ -35,7 +35,7 @@ from stillroom.data import DataConfig, load_real
 from stillroom.distilled import count_bytes, load_distilled, verify_distilled
 from stillroom.errors import StillroomError, TimeLimitReached, suggest
 from stillroom.estimate import estimate_recipe
-from stillroom.evaluate import StudentConfig, evaluate
+from stillroom.evaluate import StudentConfig, check_matches, evaluate
 from stillroom.files import write_json
 from stillroom.pipeline import distill_recipe, open_stages, provenance, relabel, run_recipe
 from stillroom.recipes import EXPECTED, RECIPES, Recipe, find_recipe
@@ -91,6 +91,11 @@ class DemoCommand:
 
     out: Path = Path("runs/demo")  # run directory
     time_limit: str | None = None  # stop cleanly after this time (90s, 9m, 2h)
+
+
+@dataclass(frozen=True)
+class RecipesCommand:
+    """Show the recipes that there are, and the accuracy that each should reach."""
 
 
 @dataclass(frozen=True)
@@ -193,10 +198,12 @@ def evaluate_command(words: list[str]) -> int:
     distilled = load_distilled(_set_directory(command.distilled))
     with Run(command.out, time_limit=parse_duration(command.time_limit)) as run, run.stop_on_signals():
         plan = resolve_plan(command.compute, run.notice)
+        real = load_real(command.data)
+        check_matches(distilled, real)
         settings = {k: v for k, v in asdict(command).items() if k in ("data", "student", "labels", "teachers", "seeds")}
+        settings["distilled"] = {role: facts.sha256 for role, facts in distilled.manifest.files.items()}
         plan = type(plan)(**run.bind_config(settings, plan.as_dict()))
         plan.activate()
-        real = load_real(command.data)
         kind = distilled.manifest.label_kind if command.labels == "stored" else command.labels
         needs_teachers = kind == "dynamic" or (kind == "static" and distilled.soft_labels is None)
         teachers = load_teachers(real, command.teachers, plan, run) if needs_teachers else []
@@ -234,9 +241,9 @@ def verify_command(words: list[str]) -> int:
 
 def recipes_command(words: list[str]) -> int:
     """stillroom recipes: the presets and what they should reach."""
-    if words:
-        _parse(type("Nothing", (), {}), "recipes", words)
-    table = Table("recipe", "data", "ipc", "teachers", "steps", "student", "epochs", "paper: static", "dynamic")
+    _parse(RecipesCommand, "recipes", words)
+    name_column = Column("recipe", no_wrap=True)  # it is there to be copied
+    table = Table(name_column, "data", "ipc", "teachers", "steps", "student", "epochs", "paper: static", "dynamic")
     for name, recipe in RECIPES.items():
         paper = EXPECTED.get(name, {})
         table.add_row(

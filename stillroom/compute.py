@@ -176,9 +176,9 @@ def _missing_for_compile(kind: str) -> str | None:
     """Return what torch.compile lacks here, or None."""
     if sys.platform == "win32":
         return None if shutil.which("cl") else "no C++ compiler (cl) was found"
-    compiler = os.environ.get("CXX") or "g++"
-    if not any(shutil.which(name) for name in (compiler, "g++", "clang++")):
-        return "no C++ compiler (g++ or clang++) was found"
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for one
+    if not shutil.which(compiler.split()[0]):
+        return f"no C++ compiler ({compiler}) was found"
     if kind == "mps":
         return "it is not used on mps"
     return None

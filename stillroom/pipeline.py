@@ -27,7 +27,7 @@ from stillroom.methods import METHODS, infer
 from stillroom.networks import build_network
 from stillroom.recipes import EXPECTED, Recipe
 from stillroom.run import Run
-from stillroom.teachers import Teacher, load_teachers
+from stillroom.teachers import Teacher, check_config, load_teachers
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Cell:
     name: str
     set: str  # infer, random, naturals
     labels: str
-    budget: str  # "own", "equal epochs" or "equal steps" (to the method's)
+    budget: str  # "own", or "equal epochs (static)", "equal steps (static)": the method's with these labels
     distilled: DistilledSet
     total_steps: int | None
 
@@ -58,6 +58,7 @@ def open_stages(recipe: Recipe, run: Run) -> tuple[RealData, Plan]:
 
 def check_recipe(recipe: Recipe, real: RealData) -> None:
     """Raise StillroomError for a recipe that this data cannot be distilled by, before any teacher is trained."""
+    check_config(recipe.teachers, real)
     build_network(recipe.student.network, real.classes, real.image_size)
     models = {name: build_network(name, real.classes, real.image_size) for name in recipe.teachers.networks}
     needed = recipe.ipc
@@ -77,13 +78,16 @@ def check_recipe(recipe: Recipe, real: RealData) -> None:
 
 def distill_recipe(recipe: Recipe, run: Run, real: RealData, teachers: list[Teacher], plan: Plan) -> DistilledSet:
     """Return the recipe's distilled set with labels as far as they can be stored, saved in the run's directory."""
+    if run.directory is not None and run.unit_done("distilled"):
+        return load_distilled(run.directory / "distilled")
     _, distill = METHODS[recipe.method]
     config = recipe.infer if recipe.method == "infer" else METHODS[recipe.method][0]()
     distilled = distill(real, teachers, recipe.ipc, config, recipe.distill_seed, plan, run)
     kind = next((k for k in recipe.labels if k == "static"), recipe.labels[0])
     distilled = attach_labels(distilled, kind, teachers, plan, run)
     if run.directory is not None:
-        distilled.save(run.directory / "distilled")
+        manifest = distilled.save(run.directory / "distilled")
+        run.finish_unit("distilled", {"files": {role: facts.sha256 for role, facts in manifest.files.items()}})
         distilled = load_distilled(run.directory / "distilled")  # students train on what is stored
     return distilled
 
@@ -160,9 +164,12 @@ def build_cells(
             control = relabel(sets[name], kind, teachers, plan, run)
             epochs_steps = train.epochs * steps_per_epoch(control, train.batch_size)
             for budget, total in (("equal epochs", epochs_steps), ("equal steps", steps)):
-                cell = f"{name}-{kind}-{total}"
-                if not any(c.name == cell for c in cells):
-                    cells.append(Cell(cell, name, kind, f"{budget} ({labels})", control, total))
+                cell, said = f"{name}-{kind}-{total}", f"{budget} ({labels})"
+                same = next((i for i, c in enumerate(cells) if c.name == cell), None)
+                if same is None:
+                    cells.append(Cell(cell, name, kind, said, control, total))
+                else:  # one training that answers for both
+                    cells[same] = replace(cells[same], budget=f"{cells[same].budget}, {said}")
     return cells
 
 

@@ -78,7 +78,7 @@ _IMAGENET = replace(
 )
 
 # Thin networks and few steps: what two cores do in an hour or two instead of what a GPU does in one.
-_LAPTOP_TEACHERS = TeachersConfig(("resnet10_thin", "shufflenet_v2_thin", "convnet_thin"), recipe="fast", epochs=10)
+_LAPTOP_TEACHERS = TeachersConfig(("resnet10_thin", "convnet_thin"), recipe="fast", epochs=10)
 _LAPTOP_STUDENT = StudentConfig("resnet10_thin", replace(CIFAR_STUDENT, epochs=30), dynamic_epochs=30)
 _LAPTOP = Recipe(
     teachers=_LAPTOP_TEACHERS, infer=InferConfig(steps=150), labels=("static", "dynamic"), student=_LAPTOP_STUDENT

@@ -95,11 +95,7 @@ def load_teachers(real: RealData, config: TeachersConfig, plan: Plan, run: Run) 
     Raises StillroomError for names twice, checkpoints that do not fit, and a teacher near chance; TimeLimitReached
     where the run is to stop (an unfinished training is kept in the cache and continued).
     """
-    if not config.networks:
-        raise StillroomError("teachers.networks is empty; name at least one network, such as resnet18")
-    for name in config.networks:
-        if config.networks.count(name) > 1:
-            raise StillroomError(f"teachers.networks names {name!r} twice; name each network once")
+    check_config(config, real)
     files = _checkpoint_files(config)
     teachers = []
     for name in config.networks:
@@ -107,11 +103,6 @@ def load_teachers(real: RealData, config: TeachersConfig, plan: Plan, run: Run) 
             model, source = load_checkpoint(name, files[name], real), f"file {files[name].name}"
             teacher = _finish(name, model, source, real, plan)
         elif config.source == "imagenet":
-            if real.classes != 1000:
-                raise StillroomError(
-                    f"teachers.source is 'imagenet', whose networks know 1000 classes, but {real.name!r} has "
-                    f"{real.classes}; use --teachers.source train"
-                )
             teacher = _finish(name, load_pretrained_imagenet(name), "torchvision IMAGENET1K_V1", real, plan)
         else:
             teacher = _train_or_load(name, real, config, plan, run)
@@ -119,6 +110,21 @@ def load_teachers(real: RealData, config: TeachersConfig, plan: Plan, run: Run) 
         run.event("teacher", **teacher.facts())
         teachers.append(teacher)
     return teachers
+
+
+def check_config(config: TeachersConfig, real: RealData) -> None:
+    """Raise StillroomError for names twice or none, checkpoints that are not there, and ImageNet's for other data."""
+    if not config.networks:
+        raise StillroomError("teachers.networks is empty; name at least one network, such as resnet18")
+    for name in config.networks:
+        if config.networks.count(name) > 1:
+            raise StillroomError(f"teachers.networks names {name!r} twice; name each network once")
+    files = _checkpoint_files(config)
+    if config.source == "imagenet" and real.classes != 1000 and set(config.networks) - set(files):
+        raise StillroomError(
+            f"teachers.source is 'imagenet', whose networks know 1000 classes, but {real.name!r} has "
+            f"{real.classes}; use --teachers.source train"
+        )
 
 
 def teacher_key(name: str, real: RealData, config: TeachersConfig, plan: Plan) -> dict[str, Any]:
@@ -212,8 +218,6 @@ def load_checkpoint(name: str, path: Path, real: RealData) -> nn.Module:
     with ``module.``, as INFER's published teachers have, is accepted. Raises StillroomError where the file cannot be
     read or its keys and shapes are not the network's, listing them: weights are never half loaded.
     """
-    if not path.is_file():
-        raise StillroomError(f"teachers.checkpoints names {str(path)!r}, which is not a file; give NETWORK=FILE")
     if path.suffix == ".safetensors":
         state: Any = load_tensors(path)[0]
     else:
@@ -315,6 +319,8 @@ def _checkpoint_files(config: TeachersConfig) -> dict[str, Path]:
                 f"({', '.join(config.networks)})"
             )
         files[name] = Path(path).expanduser()
+        if not files[name].is_file():
+            raise StillroomError(f"teachers.checkpoints has {text!r}, but {str(files[name])!r} is not a file")
     return files
 
 

@@ -250,6 +250,11 @@ def load_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, tens
             _, index, field = name.split(".", 2)
             state.setdefault(int(index), {})[field] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    # A file keeps no memory format, and the fused optimisers pair elements by where they lie, not by index.
+    for parameter, moments in optimizer.state.items():
+        for field, value in moments.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                moments[field] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 @torch.no_grad()

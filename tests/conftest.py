@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from stillroom import cli
 from stillroom.compute import ComputeConfig, Plan, resolve_plan
-from stillroom.data import MemoryImages, RealData
+from stillroom.data import DataConfig, MemoryImages, RealData
+from stillroom.evaluate import StudentConfig
+from stillroom.methods.infer import InferConfig
 from stillroom.networks import NETWORKS, Network
-from stillroom.teachers import Teacher, hash_weights
+from stillroom.recipes import RECIPES, Recipe
+from stillroom.teachers import Teacher, TeachersConfig, hash_weights
+from stillroom.train import TrainConfig
 
 torch.set_num_threads(1)
 
@@ -73,6 +82,9 @@ class ToyNet(nn.Sequential):
                     nn.init.normal_(module.bias)
 
 
+TOYNET_ROW = Network(lambda classes, image_size, channels: ToyNet(torch.initial_seed()), (4, 4, 4))
+
+
 def build_toy_teacher(seed: int = 0, name: str | None = None) -> Teacher:
     model = ToyNet(seed).eval().requires_grad_(False)
     return Teacher(name or f"toynet{seed}", model, {"top1": 0.9, "top5": 1.0}, hash_weights(model), "made for a test")
@@ -91,9 +103,77 @@ def toy_teachers() -> list[Teacher]:
 @pytest.fixture
 def toynet(monkeypatch: pytest.MonkeyPatch) -> str:
     """ToyNet as a row of the table, so that configurations can name it."""
-    row = Network(lambda classes, image_size, channels: ToyNet(torch.initial_seed()), (4, 4, 4))
-    monkeypatch.setitem(NETWORKS, "toynet", row)
+    monkeypatch.setitem(NETWORKS, "toynet", TOYNET_ROW)
     return "toynet"
+
+
+TOY_COLOURS = ("red", "green", "blue sky", "süd/ost")
+
+
+def draw_toy_colours(per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Noise with one channel raised, or none: classes that survive the crops and flips of any recipe."""
+    labels = np.arange(TOY_CLASSES).repeat(per_class)
+    images = np.random.default_rng(seed).integers(0, 150, (len(labels), TOY_SIZE, TOY_SIZE, 3))
+    for image, label in zip(images, labels, strict=True):
+        image[..., label : label + 1] += 80
+    return images.astype(np.uint8), labels
+
+
+def write_toy_npz(path: Path, **changes: np.ndarray) -> Path:
+    """A toy world of colours as a file that the command line can be given."""
+    arrays = {"class_names": np.array(TOY_COLOURS)}
+    for split, per_class, seed in (("train", 24, 1), ("test", 10, 2)):
+        arrays[f"{split}_images"], arrays[f"{split}_labels"] = draw_toy_colours(per_class, seed)
+    np.savez(path, **(arrays | changes))
+    return path
+
+
+def build_toy_recipe(npz: Path) -> Recipe:
+    """Every stage in a moment: one teacher, three slots of four classes, 24 views in batches of 8."""
+    train = TrainConfig(epochs=2, batch_size=8, optimizer="adamw", learning_rate=0.01, crop_padding=1, mixup_beta=0.8)
+    return Recipe(
+        data=DataConfig(str(npz)),
+        teachers=TeachersConfig(("toynet",), recipe="fast", epochs=4, batch_size=16, learning_rate=0.05),
+        ipc=4,
+        infer=InferConfig(steps=4, shift_limit=1),
+        labels=("static", "dynamic"),
+        student=StudentConfig("toynet", train, dynamic_epochs=1),
+        seeds=(0, 1),
+        compute=ComputeConfig("cpu", "float32", "off", 1, 2),
+    )
+
+
+@pytest.fixture
+def toy_recipe(tmp_path: Path, toynet: str, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """The recipe "toy", which the command line knows by that name."""
+    recipe = build_toy_recipe(write_toy_npz(tmp_path / "toy.npz"))
+    monkeypatch.setitem(RECIPES, "toy", recipe)
+    return recipe
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An undisturbed `stillroom run toy`: not to be changed, but copied."""
+
+    recipe: Recipe
+    directory: Path
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = build_toy_recipe(write_toy_npz(folder / "toy.npz"))
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STILLROOM_CACHE", str(folder / "cache"))
+        patch.setitem(NETWORKS, "toynet", TOYNET_ROW)
+        patch.setitem(RECIPES, "toy", recipe)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = cli.main(["run", "toy", "--out", str(folder / "run")])
+    return Finished(recipe, folder / "run", code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture

@@ -188,14 +188,14 @@ def test_another_order_of_classes_is_refused_and_the_first_difference_named(
 ) -> None:
     check_matches(distilled, toy)
     first, second, *others = toy.class_names
-    with pytest.raises(StillroomError, match="another order.*label 0 is 'north west' in the set and 'north east'"):
+    with pytest.raises(StillroomError, match=r"another order.*label 0 is 'north west' in the set and 'north east'"):
         check_matches(distilled, replace(toy, class_names=(second, first, *others)))
     with pytest.raises(StillroomError, match=r"has 4 classes .*evaluate it on the dataset it was made of \(toy\)"):
         check_matches(distilled, replace(toy, class_names=(*toy.class_names, "centre")))
 
 
 def test_another_image_size_is_refused_with_the_flag_that_mends_it(distilled: DistilledSet, toy: RealData) -> None:
-    with pytest.raises(StillroomError, match="--data.image-size 8"):
+    with pytest.raises(StillroomError, match=r"--data\.image-size 8"):
         check_matches(distilled, replace(toy, image_size=16))
 
 

@@ -1,0 +1,129 @@
+"""What the step benchmarks share: images, time, memory, the matmul peak, and the file that results go to."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stillroom.compute import Plan
+from stillroom.data import DataConfig, MemoryImages, RealData, load_real
+from stillroom.pipeline import provenance
+
+CLASSES, SIZE = 100, 32
+CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+
+
+def load_images(data: str | None, classes: int, per_class: int = 10) -> RealData:
+    """Return real data: of the folder or name `data`, else smooth noise, uint8, `per_class` images of each class."""
+    if data is not None:
+        return load_real(DataConfig(source=data))
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(classes * per_class, 3, 8, 8, generator=generator)
+    fine = torch.randn(classes * per_class, 3, SIZE, SIZE, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=SIZE, mode="bilinear") + 0.2 * fine
+    images = ((0.45 + 0.25 * smooth).clamp(0, 1) * 255).to(torch.uint8)
+    split = MemoryImages(images, torch.arange(classes).repeat(per_class))
+    names = tuple(f"class {index}" for index in range(classes))
+    return RealData(
+        "generated", names, split, split, CIFAR_MEAN, CIFAR_STD, SIZE, True, 0, images.numel(), images.numel()
+    )
+
+
+def wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def time_steps(step: Callable[[], object], steps: int) -> float:
+    """Return milliseconds per call of `step`, mean over `steps` calls, the device's work included."""
+    wait_for_device()
+    begun = time.perf_counter()
+    for _ in range(steps):
+        step()
+    wait_for_device()
+    return (time.perf_counter() - begun) * 1000 / steps
+
+
+def time_interleaved(steps_of: dict[str, Callable[[], object]], steps: int, repeats: int) -> dict[str, list[float]]:
+    """Return, per name, `repeats` times of a block of `steps` calls: all names in turn, again and again.
+
+    What else the machine does then slows all of them alike.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps_of}
+    for _ in range(repeats):
+        for name, step in steps_of.items():
+            times[name].append(time_steps(step, steps))
+    return times
+
+
+def matmul_peak(device: str, dtype: torch.dtype, side: int = 1024, repeats: int = 10) -> float:
+    """Return the highest rate of a square torch.mm in this process, in GFLOP/s."""
+    side = 8 * side if device.startswith("cuda") else side
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    best = min(time_steps(lambda: torch.mm(a, b), 1) for _ in range(repeats))
+    return 2 * side**3 / best / 1e6
+
+
+def peak_memory(step: Callable[[], object]) -> int | None:
+    """Return how many bytes more than before `step` held at its peak.
+
+    CUDA: allocated tensors. Linux: resident memory, with the kernel's high-water mark reset and freed memory handed
+    back first. Elsewhere None.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if not sys.platform.startswith("linux"):
+        return None
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0))
+
+
+def summarize(times: list[float]) -> dict[str, float]:
+    return {"milliseconds": statistics.median(times), "fastest": min(times), "slowest": max(times)}
+
+
+def write_results(path: Path | None, plan: Plan, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Print `rows` as a table and, where `path` is given, write them with what made them."""
+    shown = [key for key in rows[0] if not isinstance(rows[0][key], list)]
+    cells = [[f"{v:.3g}" if isinstance(v := row.get(key), float) else str(v) for key in shown] for row in rows]
+    print("| " + " | ".join(shown) + " |")
+    print("| " + " | ".join("---" for _ in shown) + " |")
+    for line in cells:
+        print("| " + " | ".join(line) + " |")
+    if path is not None:
+        command = {"command": shlex.join(["python", *sys.argv])}
+        record = {"provenance": provenance(plan) | command, "settings": settings, "rows": rows}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1, default=str) + "\n")

@@ -1,0 +1,44 @@
+"""The benchmarks run, and their JSON says that both sides compute the same."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow  # each starts a process of its own
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TINY = ["--networks", "convnet_thin", "--classes", "10", "--steps", "1", "--repeats", "1", "--threads", "1"]
+TINY += ["--device", "cpu", "--variants", "float32-eager", "bfloat16-eager"]
+
+
+def run_benchmark(name: str, out: Path, *arguments: str) -> list[dict[str, Any]]:
+    command = [sys.executable, str(BENCHMARKS / name), *TINY, *arguments, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=out.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(out.read_text())
+    assert record["provenance"]["command"].endswith(str(out))
+    assert record["provenance"]["plan"]["threads"] == 1
+    return record["rows"]
+
+
+def test_published_loop_and_ours_agree_over_a_whole_optimisation(tmp_path: Path) -> None:
+    rows = run_benchmark("compensator_step.py", tmp_path / "out.json", "--optimise-steps", "5", "--pack-slots", "2")
+    published, exact, rounded = rows
+    assert exact["gradient_cosine"] > 0.99999
+    assert rounded["gradient_cosine"] > 0.99
+    for row in (exact, rounded):
+        assert row["agrees"]
+        assert abs(row["final_statistics_loss"] / published["final_statistics_loss"] - 1) < 0.01
+    assert all(row["milliseconds"] > 0 and row["share_of_peak"] > 0 for row in rows)
+
+
+def test_student_step_of_both_ways_follows_the_same_gradient(tmp_path: Path) -> None:
+    _, exact, rounded = run_benchmark("student_step.py", tmp_path / "out.json", "--batch", "8")
+    assert exact["gradient_cosine"] > 0.99999
+    assert rounded["gradient_cosine"] > 0.9

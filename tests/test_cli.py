@@ -1,0 +1,458 @@
+"""The command line as people meet it: exit codes, tables, plans, settings from files, bad input, and stopping."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from conftest import TOY_COLOURS, Finished, draw_toy_colours, write_toy_npz
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from stillroom import cli
+from stillroom.cli import parse_duration
+from stillroom.distilled import load_distilled
+from stillroom.errors import StillroomError
+from stillroom.recipes import RECIPES, Recipe
+
+Told = Callable[..., tuple[int, str, str]]
+
+QUICK_STUDENT = ["--student.network", "toynet", "--student.train.epochs", "1", "--student.train.batch-size", "8"]
+ON_CPU = ["--compute.device", "cpu", "--compute.precision", "float32", "--compute.compile", "off"]
+
+
+@pytest.fixture
+def tell(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Told:
+    """Give words to the command line, in an empty folder; get exit code, standard output and standard error."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def told(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = cli.main([str(word) for word in words])
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return told
+
+
+@pytest.fixture
+def own_run(finished: Finished, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be spoilt."""
+    return Path(shutil.copytree(finished.directory, tmp_path / "own"))
+
+
+def image_folder(root: Path) -> Path:
+    for split, per_class, seed in (("train", 8, 1), ("test", 4, 2)):
+        for number, (image, label) in enumerate(zip(*draw_toy_colours(per_class, seed), strict=True)):
+            folder = root / split / TOY_COLOURS[label].replace("/", " ")
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{number}.png")
+    return root
+
+
+def parquet_folder(root: Path) -> Path:
+    root.mkdir()
+    for split, per_class, seed in (("train", 8, 1), ("test", 4, 2)):
+        rows = []
+        for image, label in zip(*draw_toy_colours(per_class, seed), strict=True):
+            png = io.BytesIO()
+            Image.fromarray(image).save(png, "PNG")
+            rows.append({"image": {"bytes": png.getvalue(), "path": None}, "label": TOY_COLOURS[label]})
+        pq.write_table(pa.Table.from_pylist(rows), root / f"{split}-00000-of-00001.parquet")
+    return root
+
+
+# -- what a run says -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_its_table_and_where_things_lie(finished: Finished) -> None:
+    assert finished.code == 0
+    assert finished.err == ""
+    for text in ("toy, 4 images per class, student toynet", "infer", "naturals", "equal steps", "top-1: toynet"):
+        assert text in finished.out, text
+    for path in ("distilled", "distilled/contact_sheet.png", "results.json", "events.jsonl"):
+        assert str(finished.directory / path) in finished.out
+        assert (finished.directory / path).exists()
+
+
+def test_the_table_says_where_a_control_is_not_beaten(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
+    results = json.loads((finished.directory / "results.json").read_text())
+    for own, control in ((50.0, 60.0), (60.0, 50.0)):
+        for cell in results["cells"]:
+            cell["mean"] = own if cell["budget"] == "own" else control
+        cli.show_results(results)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not beaten: ")]
+        assert len(lines) == (12 if control > own else 0)
+
+
+def test_inspect_shows_the_budget_and_verify_that_the_set_is_whole(finished: Finished, tell: Told) -> None:
+    for directory in (finished.directory, finished.directory / "distilled"):
+        code, out, err = tell("inspect", directory)
+        assert (code, err) == (0, "")
+        for text in ("infer of toy, ipc 4", "compensators", "real training set", "paper's convention", *TOY_COLOURS):
+            assert text in out, text
+        code, out, err = tell("verify", directory)
+        assert (code, err) == (0, "")
+        assert "whole" in out
+
+
+def test_recipes_lists_every_recipe_with_what_it_should_reach(tell: Told) -> None:
+    code, out, _ = tell("recipes")
+    assert code == 0
+    for name in RECIPES:
+        assert name in out
+    assert "45.2" in out
+    assert "53.4" in out
+
+
+def test_squeeze_trains_the_teachers_that_distill_and_run_go_on_from(
+    toy_recipe: Recipe, tell: Told, tmp_path: Path, finished: Finished
+) -> None:
+    code, out, _ = tell("squeeze", "toy", "--out", tmp_path / "run")
+    assert code == 0
+    assert "toynet" in out
+    assert not (tmp_path / "run" / "distilled").exists()
+    code, out, _ = tell("distill", "toy", "--out", tmp_path / "run")
+    assert code == 0
+    assert "infer of toy, ipc 4" in out
+    assert not (tmp_path / "run" / "results.json").exists()
+    for path in (finished.directory / "distilled").iterdir():
+        assert (tmp_path / "run" / "distilled" / path.name).read_bytes() == path.read_bytes(), path.name
+    code, out, _ = tell("clean")
+    assert code == 0
+    assert "toynet-toy-" in out
+    assert "add --yes" in out
+    code, out, _ = tell("clean", "--yes")
+    assert "deleted 1 teachers" in out
+    code, out, _ = tell("clean")
+    assert "toynet" not in out
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    toy_recipe: Recipe, tell: Told, tmp_path: Path, own_cache: Path
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = tell("run", "toy", "--dry-run")
+    assert (code, err) == (0, "")
+    for text in ("teacher toynet", "compensators toynet", "static labels", "students, dynamic", "together", "time"):
+        assert text in out, text
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not list(own_cache.iterdir())
+
+
+def test_printed_settings_are_read_back_as_the_same_settings(toy_recipe: Recipe, tell: Told, tmp_path: Path) -> None:
+    words = ["--ipc", 7, "--no-controls", "--seeds", 3, 4, "--infer.betas", 0.1, 0.2, "--teachers.epochs", 9]
+    code, printed, _ = tell("run", "toy", *words, "--print-config")
+    assert code == 0
+    settings = yaml.safe_load(printed)
+    assert (settings["ipc"], settings["controls"], settings["seeds"]) == (7, False, [3, 4])
+    (tmp_path / "mine.yaml").write_text(printed)
+    for recipe in ("toy", "small", "infer-imagenet-ipc10"):
+        assert tell("run", recipe, "--config", tmp_path / "mine.yaml", "--print-config") == (0, printed, "")
+    _, overridden, _ = tell("run", "toy", f"--config={tmp_path / 'mine.yaml'}", "--ipc", 5, "--print-config")
+    assert yaml.safe_load(overridden) == settings | {"ipc": 5}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_survives_its_way_through_a_file(name: str, tell: Told, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(cli.to_yaml(RECIPES[name]))
+    code, printed, _ = tell("run", "small", "--config", tmp_path / "mine.yaml", "--print-config")
+    assert code == 0
+    assert yaml.safe_load(printed) == json.loads(json.dumps(asdict(RECIPES[name])))
+
+
+def test_evaluate_prints_its_settings_too(finished: Finished, tell: Told, toynet: str, tmp_path: Path) -> None:
+    words = ["evaluate", finished.directory, "--data.source", finished.recipe.data.source]
+    code, printed, _ = tell(*words, "--student.temperature", 5, "--print-config")
+    assert code == 0
+    (tmp_path / "mine.yaml").write_text(printed)
+    assert tell(*words, "--config", tmp_path / "mine.yaml", "--print-config") == (0, printed, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (["rnu", "digits"], 2, "there is no command 'rnu'. Did you mean 'run'?"),
+        (["run", "digit"], 1, "there is no recipe 'digit'. Did you mean 'digits'?"),
+        (["run", "digits", "--infer.step", "3"], 2, "--infer.steps"),
+        (["run", "digits", "--infer.steps", "many"], 2, "--infer.steps"),
+        (["run", "digits", "--labels", "soft"], 2, "--labels"),
+        (["run", "digits", "--ipc", "0"], 1, "ipc is 0"),
+        (["run", "digits", "--time-limit", "soon"], 1, "--time-limit is 'soon'; give a time such as 90s"),
+        (["run", "digits", "--compute.device", "tpu"], 1, "compute.device is 'tpu'"),
+        (["run", "digits", "--config", "missing.yaml"], 1, "--config 'missing.yaml' cannot be read"),
+        (["run", "small", "--data.source", "cifra10"], 1, "Did you mean 'cifar10'"),
+        (["evaluate"], 2, ""),
+        (["inspect"], 2, ""),
+        (["inspect", "nowhere"], 1, "nowhere is not a distilled set"),
+        (["verify", "nowhere"], 1, "nowhere is not a distilled set"),
+        (["evaluate", "nowhere"], 1, "nowhere is not a distilled set"),
+        (["recipes", "--everything"], 2, ""),
+    ],
+)
+def test_wrong_words_are_answered_with_the_nearest_right_ones(
+    tell: Told, words: list[str], code: int, text: str
+) -> None:
+    found, _, err = tell(*words)
+    assert found == code
+    assert text in re.sub(r"[\s│]+", " ", err)
+    assert err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("content", ["just text", "- 1", "ipc: [", "infer: {step: 3}", "ipc: many"])
+def test_a_settings_file_that_is_none_is_refused(tell: Told, tmp_path: Path, content: str) -> None:
+    (tmp_path / "mine.yaml").write_text(content)
+    code, _, err = tell("run", "digits", "--config", tmp_path / "mine.yaml")
+    assert code in (1, 2)
+    assert err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], *([name, "--help"] for name in cli.COMMANDS), ["--version"]])
+def test_help_and_version_leave_with_0_and_nothing_without_a_command_with_2(tell: Told, words: list[str]) -> None:
+    code, out, err = tell(*words)
+    assert (code, err) == (0, "")
+    assert out
+    if words[0] in ("--help", "-h"):
+        assert all(re.search(rf"\b{name}\b", out) for name in cli.COMMANDS)
+    assert tell()[0] == 2
+
+
+@given(st.integers(0, 99), st.integers(0, 59), st.integers(0, 59))
+def test_durations_are_read_as_people_write_them(hours: int, minutes: int, seconds: int) -> None:
+    expected = 3600 * hours + 60 * minutes + seconds
+    assert parse_duration(f"{hours}h{minutes}m{seconds}s") == expected
+    assert parse_duration(f"{hours}h{minutes}m{seconds}") == expected
+    assert parse_duration(f"{hours}h") == 3600 * hours
+    assert parse_duration(f" {minutes}m ") == 60 * minutes
+    assert parse_duration(f"{minutes}.5m") == 60 * minutes + 30
+    assert parse_duration(f"{seconds}") == parse_duration(f"{seconds}s") == seconds
+
+
+@given(st.text(max_size=6))
+def test_other_durations_are_refused_in_words(text: str) -> None:
+    if re.fullmatch(r"\s*(\d+h)?(\d+m)?(\d+s?)?\s*", text) and text.strip():
+        assert (parse_duration(text) or 0) >= 0
+    elif "." not in text:
+        with pytest.raises(StillroomError, match="give a time such as 90s"):
+            parse_duration(text)
+    assert parse_duration(None) is None
+
+
+# -- stopping and going on ---------------------------------------------------------------------------------------------
+
+
+def test_a_time_limit_stops_with_3_and_the_same_command_goes_on_to_the_same_bits(
+    toy_recipe: Recipe, finished: Finished, tell: Told, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for limit in ("0s", "0", "0.3s"):
+        code, _, err = tell("run", "toy", "--out", run, "--time-limit", limit, "--data.source", toy_recipe.data.source)
+        assert code == 3
+        assert err == "stillroom: stopped (time limit); everything is saved, the same command goes on\n"
+    assert not (run / "results.json").exists()
+    assert tell("run", "toy", "--out", run)[0] == 0
+    old, new = (json.loads((d / "results.json").read_text())["cells"] for d in (finished.directory, run))
+    for before, after in zip(old, new, strict=True):
+        assert before | {"seconds": 0} == after | {"seconds": 0}
+    for path in (finished.directory / "distilled").iterdir():
+        assert (run / "distilled" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.slow
+def test_a_process_killed_at_random_moments_goes_on_to_the_bits_of_an_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    npz = write_toy_npz(tmp_path / "toy.npz")
+    words = ["run", "small", "--data.source", npz, "--ipc", "4", "--teachers.networks", "convnet_thin", "--no-controls"]
+    words += ["--teachers.epochs", "12", "--teachers.batch-size", "16", "--teachers.learning-rate", "0.05"]
+    words += ["--infer.steps", "150", "--student.network", "convnet_thin", "--student.train.epochs", "20"]
+    words += ["--student.dynamic-epochs", "20", "--seeds", "0", "1", *ON_CPU, "--compute.threads", "1"]
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path / f"cache-{name}"))
+        command = [sys.executable, "-m", "stillroom.cli", *map(str, words), "--out", str(tmp_path / name)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+    assert start("whole").wait() == 0
+    seconds = np.random.default_rng()
+    for _ in range(3):
+        process = start("killed")
+        while not (tmp_path / "killed" / "config.json").exists() and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(seconds.uniform(0, 4))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start("killed").wait() == 0
+    for path in (tmp_path / "whole" / "distilled").iterdir():
+        assert (tmp_path / "killed" / "distilled" / path.name).read_bytes() == path.read_bytes(), path.name
+    old, new = (json.loads((tmp_path / n / "results.json").read_text())["cells"] for n in ("whole", "killed"))
+    assert [c["top1"] for c in old] == [c["top1"] for c in new]
+
+
+# -- data of the user's own --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [image_folder, parquet_folder])
+def test_images_of_the_users_own_go_through_distill_and_evaluate(
+    toy_recipe: Recipe, tell: Told, tmp_path: Path, write: Callable[[Path], Path]
+) -> None:
+    source = write(tmp_path / "my images")
+    words = ["--data.source", source, "--teachers.epochs", "10"]
+    code, out, err = tell("distill", "toy", *words, "--out", tmp_path / "run")
+    assert (code, err) == (0, ""), err
+    manifest = load_distilled(tmp_path / "run" / "distilled").manifest
+    names = (name.replace("/", " ") if write is image_folder else name for name in TOY_COLOURS)
+    assert manifest.class_names == tuple(sorted(names))
+    assert manifest.dataset.name == "my images"
+    assert manifest.class_names[-1] in out
+    words = ["evaluate", tmp_path / "run", "--data.source", source, "--seeds", 0, 1, *QUICK_STUDENT, *ON_CPU]
+    code, out, err = tell(*words, "--out", tmp_path / "students")
+    assert (code, err) == (0, ""), err
+    result = json.loads((tmp_path / "students" / "results.json").read_text())["evaluation"]
+    assert len(result["top1"]) == 2
+    assert result["labels"] == "static"
+
+
+def test_students_of_one_set_are_never_taken_for_those_of_another(
+    finished: Finished, own_run: Path, tell: Told, toynet: str, tmp_path: Path
+) -> None:
+    distilled = load_distilled(own_run / "distilled")
+    distilled.with_labels(None).save(own_run / "distilled")
+    words = ["--data.source", finished.recipe.data.source, "--seeds", 0, *QUICK_STUDENT, *ON_CPU]
+    assert tell("evaluate", finished.directory, *words, "--out", tmp_path / "students")[0] == 0
+    assert tell("evaluate", finished.directory, *words, "--out", tmp_path / "students")[0] == 0
+    code, _, err = tell("evaluate", own_run, *words, "--out", tmp_path / "students")
+    assert code == 1
+    assert "holds another configuration" in err
+    assert "distilled.images" not in err
+    assert "distilled.labels" in err
+
+
+def test_evaluate_with_dynamic_labels_takes_the_teachers_from_the_cache(
+    finished: Finished, tell: Told, toynet: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLROOM_CACHE", str(finished.directory.parent / "cache"))
+    words = ["evaluate", finished.directory, "--data.source", finished.recipe.data.source, "--labels", "dynamic"]
+    words += ["--teachers.networks", "toynet", "--teachers.recipe", "fast", "--teachers.epochs", 4, "--seeds", 0]
+    words += ["--teachers.batch-size", 16, "--teachers.learning-rate", 0.05, "--student.dynamic-epochs", 1]
+    code, out, err = tell(*words, *QUICK_STUDENT, *ON_CPU, "--compute.threads", 1)
+    assert (code, err) == (0, "")
+    assert "dynamic" in out
+
+
+# -- bad input: one clear message, exit code 1, nothing half written ---------------------------------------------------
+
+
+def refused(told: tuple[int, str, str], *texts: str) -> None:
+    code, out, err = told
+    assert code == 1
+    assert out == ""
+    assert err.startswith("stillroom: ")
+    assert "Traceback" not in err
+    for text in texts:
+        assert text in err, err
+
+
+def test_one_class_is_refused(toy_recipe: Recipe, tell: Told, tmp_path: Path) -> None:
+    zeros = {"train_labels": np.zeros(96, np.int64), "test_labels": np.zeros(40, np.int64)}
+    npz = write_toy_npz(tmp_path / "one.npz", **zeros, class_names=np.array(["all"]))
+    refused(tell("run", "toy", "--data.source", npz), "class")
+
+
+@pytest.mark.parametrize(
+    ("words", "texts"),
+    [
+        (["--ipc", "25"], ("class 'red' has 24 training images", "ipc 25", "lower --ipc to 24")),
+        (["--ipc", "1"], ("ipc 1 is too small for INFER", "smallest ipc that works is 2")),
+        (["--teachers.networks", "convnet_in"], ("'convnet_in' has no BatchNorm layers", "use a network that has")),
+        (["--teachers.networks", "toynet", "toynet"], ("names 'toynet' twice",)),
+        (["--data.source", "missing"], ("--data.source missing is no existing path",)),
+        (["--data.image-size", "16"], ("16",)),
+    ],
+)
+def test_what_cannot_work_is_refused_before_work_and_the_mended_command_is_not(
+    toy_recipe: Recipe, tell: Told, tmp_path: Path, own_cache: Path, words: list[str], texts: tuple[str, ...]
+) -> None:
+    refused(tell("distill", "toy", "--out", tmp_path / "run", *words), *texts)
+    assert not list(own_cache.iterdir())
+    code, _, err = tell("squeeze", "toy", "--out", tmp_path / "run", "--teachers.epochs", 4)
+    assert code == 0, err
+
+
+def test_a_run_directory_with_another_configuration_is_refused_and_the_fields_shown(
+    finished: Finished, own_run: Path, tell: Told, toynet: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RECIPES, "toy", finished.recipe)
+    told = tell("run", "toy", "--out", own_run, "--ipc", 5, "--infer.steps", 9)
+    refused(told, "ipc: 4 there, 5 now", "infer.steps: 4 there, 9 now", "--out")
+    assert "student" not in told[2]
+
+
+@pytest.mark.parametrize("role", ["images", "compensators", "labels", "manifest", "README"])
+def test_one_flipped_byte_is_found_by_every_command_that_reads_the_set(
+    finished: Finished, own_run: Path, tell: Told, toynet: str, role: str
+) -> None:
+    (path,) = (own_run / "distilled").glob(f"{role}*")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    refused(tell("verify", own_run), path.name)
+    refused(tell("inspect", own_run), path.name)
+    refused(tell("evaluate", own_run, "--data.source", finished.recipe.data.source), path.name)
+
+
+def test_a_missing_file_of_the_set_is_named(own_run: Path, tell: Told) -> None:
+    (path,) = (own_run / "distilled").glob("compensators*")
+    path.unlink()
+    refused(tell("verify", own_run), path.name, "missing")
+
+
+def test_data_with_another_order_of_classes_is_refused(
+    finished: Finished, tell: Told, toynet: str, tmp_path: Path
+) -> None:
+    npz = write_toy_npz(tmp_path / "toy.npz", class_names=np.array(TOY_COLOURS[::-1]))
+    words = ["evaluate", finished.directory, "--data.source", npz, "--out", tmp_path / "students", *ON_CPU]
+    refused(tell(*words), "another order", "label 0 is 'red' in the set and 'süd/ost' in the data")
+    assert not (tmp_path / "students" / "config.json").exists()
+
+
+def test_a_full_disk_is_told_and_what_was_there_stays(
+    finished: Finished, own_run: Path, tell: Told, toynet: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stillroom import files
+
+    (own_run / "results.json").unlink()
+    monkeypatch.setitem(RECIPES, "toy", finished.recipe)
+    monkeypatch.setenv("STILLROOM_CACHE", str(finished.directory.parent / "cache"))
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full)
+        refused(tell("run", "toy", "--out", own_run), "disk is full", "results.json")
+    assert not (own_run / "results.json").exists()
+    assert tell("run", "toy", "--out", own_run)[0] == 0

@@ -1,0 +1,113 @@
+"""The numerical plan is resolved once, and randomness comes from names alone."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from stillroom import compute
+from stillroom.compute import COMPILE_FROM_STEPS, ComputeConfig, Plan, build_generator, derive_seed, resolve_plan
+from stillroom.errors import StillroomError
+
+SEED_OF_STUDENT_CROP_7 = 6619680381166455902  # the first 63 bits of sha256 of "stillroom-1/0/student/crop/7"
+
+
+def test_seeds_are_the_same_for_ever() -> None:
+    """A change of these values makes every cached teacher and every published number of another scheme."""
+    assert compute.SEED_SCHEME == 1
+    assert derive_seed(0, "student", "crop", 7) == SEED_OF_STUDENT_CROP_7
+
+
+def test_seeds_of_different_work_are_unrelated() -> None:
+    paths = [(seed, *path) for seed in range(20) for path in (("a", 1), ("a", 11), ("b", 1), ("ab",), ("a", "b"))]
+    seeds = [derive_seed(*path) for path in paths]
+    assert len(set(seeds)) == len(paths)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    draws = torch.stack([torch.randn(2000, generator=build_generator(*path)) for path in paths[:20]])
+    correlations = torch.corrcoef(draws) - torch.eye(20)
+    assert correlations.abs().max() < 0.12
+
+
+def test_the_plan_keeps_what_was_asked_for() -> None:
+    plan = resolve_plan(ComputeConfig("cpu", precision="bfloat16", compile="off", threads=3, pack_slots=5))
+    assert (plan.device, plan.precision, plan.compile) == ("cpu", "bfloat16", "off")
+    assert (plan.threads, plan.pack_slots) == (3, 5)
+    assert plan.dtype == torch.bfloat16
+    assert plan.torch_version == torch.__version__
+    assert Plan(**plan.as_dict()) == plan
+
+
+@pytest.mark.parametrize(("flags", "precision"), [({"avx2"}, "float32"), ({"avx2", "avx512_bf16"}, "bfloat16")])
+def test_precision_follows_what_the_processor_does_in_hardware(
+    monkeypatch: pytest.MonkeyPatch, flags: set[str], precision: str
+) -> None:
+    monkeypatch.setattr(compute, "_cpu_flags", lambda: flags)
+    assert resolve_plan(ComputeConfig("cpu", compile="off")).precision == precision
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "tpu"}, "compute.device is 'tpu', which this machine does not have; use one of: cpu"),
+        ({"threads": 0}, "compute.threads is 0; give 1 or more"),
+        ({"pack_slots": 0}, "compute.pack_slots is 0; give 1 or more"),
+    ],
+)
+def test_what_the_machine_cannot_give_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(StillroomError, match=message):
+        resolve_plan(ComputeConfig(**settings))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
+def test_a_missing_gpu_is_refused() -> None:
+    with pytest.raises(StillroomError, match=r"compute\.device is 'cuda:1'"):
+        resolve_plan(ComputeConfig(device="cuda:1"))
+
+
+@pytest.mark.parametrize("mode", ["auto", "on"])
+def test_without_a_compiler_everything_runs_eagerly_after_one_notice(
+    monkeypatch: pytest.MonkeyPatch, mode: Any
+) -> None:
+    monkeypatch.setattr(compute.shutil, "which", lambda name: None)
+    notices: list[str] = []
+    plan = resolve_plan(ComputeConfig("cpu", compile=mode), notices.append)
+    assert plan.compile == "off"
+    (notice,) = notices
+    assert "C++ compiler" in notice
+    resolve_plan(ComputeConfig("cpu", compile="off"), notices.append)
+    assert len(notices) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="CXX names no compiler there")
+def test_a_compiler_that_the_environment_names_but_does_not_have_counts_as_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    notices: list[str] = []
+    assert resolve_plan(ComputeConfig("cpu"), notices.append).compile == "off"
+    assert "no-such-compiler" in notices[0]
+
+
+def test_functions_are_compiled_only_where_that_repays_itself(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute.torch, "compile", lambda function, **_: "compiled")
+    monkeypatch.setattr(compute.torch._dynamo, "reset", lambda: None)
+
+    def work() -> None: ...
+
+    def kind(mode: str, steps: int) -> bool:
+        return Plan(**{**plan.as_dict(), "compile": mode}).compiled(work, steps) == "compiled"
+
+    assert [kind("auto", n) for n in (1, COMPILE_FROM_STEPS - 1, COMPILE_FROM_STEPS)] == [False, False, True]
+    assert kind("on", 1)
+    assert not kind("off", 10**6)
+
+
+def test_autocast_is_on_for_bfloat16_alone(plan: Plan) -> None:
+    layer, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
+    with plan.autocast():
+        assert layer(x).dtype == torch.float32
+    with Plan(**{**plan.as_dict(), "precision": "bfloat16"}).autocast():
+        assert layer(x).dtype == torch.bfloat16

@@ -1,0 +1,107 @@
+"""Imports go one way: a module knows only what stands below it. The check is shown to fail, too."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import stillroom
+
+PACKAGE = Path(stillroom.__file__).parent
+
+# From the ground up. A module imports from lower lines alone, never from its own line.
+LAYERS = (
+    ("errors",),
+    ("files", "compute", "networks", "augment", "readers"),
+    ("manifest", "images", "run"),
+    ("artifact", "card", "data"),
+    ("distilled", "train"),
+    ("teachers",),
+    ("labels", "methods.select", "methods.recover"),
+    ("methods.infer", "evaluate"),
+    ("methods", "recipes"),
+    ("pipeline",),
+    ("estimate", "api"),
+    ("cli",),
+    ("",),  # stillroom/__init__.py: imports nothing until it is asked
+)
+HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
+
+# Never, not even through others: module -> what it must not know.
+APART = {
+    "evaluate": ("methods", "recipes"),  # distillation and evaluation meet only in the artifact
+    "distilled": ("train", "teachers", "networks", "data", "run"),  # a set is read without training code
+    "train": ("teachers", "distilled"),
+    "methods": ("labels", "evaluate"),
+}
+
+
+def read_modules() -> dict[str, str]:
+    """Every module's source, by its name below the package ("" for the package, "methods" for a folder's own)."""
+    modules = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        modules[".".join(part for part in parts if part != "__init__")] = path.read_text()
+    return modules
+
+
+def imports_of(source: str, modules: dict[str, str]) -> set[str]:
+    """The modules of this package that `source` imports, wherever it does: also within functions."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package != "stillroom":
+                continue
+            while rest and rest not in modules:  # a name within a module, not a module
+                rest = rest.rpartition(".")[0]
+            found.add(rest)
+    return found
+
+
+def find_violations(modules: dict[str, str]) -> list[str]:
+    imports = {name: imports_of(source, modules) for name, source in modules.items()}
+    problems = [f"{name or '__init__'} has no place in LAYERS" for name in modules if name not in HEIGHT]
+    # The package itself is only its version and its table of names, so importing from it is importing nothing.
+    edges = [(name, other) for name, others in imports.items() for other in others if other]
+    problems += [f"{a} imports {b}" for a, b in edges if HEIGHT.get(b, 99) >= HEIGHT.get(a, 99)]
+    for name, forbidden in APART.items():
+        reached, new = set(), {name}
+        while new:
+            reached |= new
+            new = set().union(*(imports[module] - {""} for module in new)) - reached
+        problems += [f"{name} reaches {other}" for other in reached if other.split(".")[0] in forbidden]
+    return problems
+
+
+def test_imports_go_one_way() -> None:
+    modules = read_modules()
+    assert len(modules) > 20
+    assert find_violations(modules) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "problem"),
+    [
+        ("errors", "from stillroom.files import write_json", "errors imports files"),
+        ("evaluate", "from stillroom.methods import METHODS", "evaluate reaches methods"),
+        ("labels", "from stillroom.methods.select import draw_naturals", "labels imports methods.select"),
+        ("card", "import stillroom.train", "distilled reaches train"),
+        ("files", "def late():\n    from stillroom import networks", "distilled reaches networks"),
+        ("train", "from stillroom import cli", "train imports cli"),
+        ("utils", "x = 1", "utils has no place in LAYERS"),
+    ],
+)
+def test_the_check_finds_an_import_that_goes_the_other_way(module: str, line: str, problem: str) -> None:
+    modules = read_modules()
+    modules[module] = modules.get(module, "") + "\n" + line + "\n"
+    assert problem in find_violations(modules)

@@ -1,0 +1,244 @@
+"""A recipe from end to end: its table, its controls, and what an interruption does to it (nothing)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Finished, build_toy_recipe, write_toy_npz
+
+from stillroom import evaluate as evaluation
+from stillroom import files, teachers
+from stillroom import run as run_module
+from stillroom.compute import Plan
+from stillroom.data import RealData, load_real
+from stillroom.distilled import load_distilled, verify_distilled
+from stillroom.errors import StillroomError, TimeLimitReached
+from stillroom.methods import infer
+from stillroom.methods.select import RandomConfig, distill_random
+from stillroom.networks import build_network
+from stillroom.pipeline import build_cells, check_recipe, run_recipe
+from stillroom.recipes import EXPECTED, RECIPES, Recipe, find_recipe, smoke
+from stillroom.run import Run
+from stillroom.teachers import Teacher
+
+
+def results_of(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "results.json").read_text())
+
+
+def timeless(results: dict[str, Any]) -> dict[str, Any]:
+    """The results without what no two runs share."""
+    cells = [{k: v for k, v in cell.items() if k != "seconds"} for cell in results["cells"]]
+    return {k: v for k, v in results.items() if k != "provenance"} | {"cells": cells}
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in (directory / "distilled").iterdir()}
+
+
+def test_the_table_holds_the_method_and_every_control_at_equal_epochs_and_at_equal_steps(finished: Finished) -> None:
+    """24 views, 16 random images or 12 naturals in batches of 8; two epochs of static labels, one of dynamic ones."""
+    cells = {(c["set"], c["labels"], c["budget"]): c["steps"] for c in results_of(finished.directory)["cells"]}
+    assert cells == {
+        ("infer", "static", "own"): 6,
+        ("random", "hard", "equal epochs (static)"): 4,
+        ("random", "hard", "equal steps (static)"): 6,
+        ("random", "static", "equal epochs (static)"): 4,
+        ("random", "static", "equal steps (static)"): 6,
+        ("naturals", "static", "equal epochs (static)"): 2,
+        ("naturals", "static", "equal steps (static)"): 6,
+        ("infer", "dynamic", "own"): 3,
+        ("random", "hard", "equal epochs (dynamic)"): 2,
+        ("random", "hard", "equal steps (dynamic)"): 3,
+        ("random", "dynamic", "equal epochs (dynamic)"): 2,
+        ("random", "dynamic", "equal steps (dynamic)"): 3,
+        ("naturals", "dynamic", "equal epochs (dynamic)"): 1,
+        ("naturals", "dynamic", "equal steps (dynamic)"): 3,
+    }
+
+
+def test_results_say_what_was_done_and_what_it_cost(finished: Finished) -> None:
+    results = results_of(finished.directory)
+    assert results["recipe"] == "toy"
+    assert results["dataset"] == {"name": "toy", "classes": 4, "train": 96, "test": 40}
+    assert results["teachers"]["toynet"]["top1"] > 50
+    assert results["seeds"] == [0, 1]
+    assert results["settings"]["infer"]["steps"] == 4
+    assert results["provenance"]["plan"]["precision"] == "float32"
+    distilled = load_distilled(finished.directory / "distilled")
+    assert results["bytes"]["raw"]["images"] == distilled.images.nbytes == 12 * 3 * 8 * 8
+    for cell in results["cells"]:
+        assert len(cell["top1"]) == 2
+        assert cell["mean"] == pytest.approx(np.mean(cell["top1"]), abs=2e-3)
+        assert cell["std"] == pytest.approx(np.std(cell["top1"], ddof=1), abs=2e-3)
+        assert all(best >= last for best, last in zip(cell["best"], cell["top1"], strict=True))
+    own = {c["labels"]: c["label_bytes"] for c in results["cells"] if c["budget"] == "own"}
+    assert own == {"static": 24 * 4 * 2, "dynamic": 3 * 8 * 4 * 2}
+
+
+def test_a_second_time_nothing_is_computed_and_the_results_are_the_same(
+    finished: Finished, toynet: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(finished.directory, tmp_path / "run")
+    monkeypatch.setenv("STILLROOM_CACHE", str(finished.directory.parent / "cache"))
+    for module, name in ((infer, "optimize_compensators"), (evaluation, "train_student"), (teachers, "fit")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("computed again"))
+    with Run(tmp_path / "run") as run:
+        results = run_recipe(finished.recipe, run, "toy")
+    assert timeless(json.loads(json.dumps(results))) == timeless(results_of(finished.directory))
+
+
+class Killed(BaseException):
+    """Ends the work where it stands: nothing catches it, nothing is saved on the way out."""
+
+
+def test_killed_at_any_write_and_run_again_the_results_and_the_artifact_are_the_same(
+    finished: Finished, toynet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", 0.0)  # a checkpoint at every step
+    replace_file = files.os.replace
+    writes = iter(range(10**6))
+
+    def replace_or_die(source: Path, target: Path) -> None:
+        number = next(writes)
+        if number % 23 == 11:
+            raise Killed  # before the new file is there
+        replace_file(source, target)
+        if number % 23 == 22:
+            raise Killed  # just after
+
+    monkeypatch.setattr(files.os, "replace", replace_or_die)
+    kills = 0
+    while True:
+        with Run(tmp_path / "run") as run:
+            try:
+                results = run_recipe(finished.recipe, run, "toy")
+                break
+            except Killed:
+                kills += 1
+    assert kills >= 10
+    assert timeless(json.loads(json.dumps(results))) == timeless(results_of(finished.directory))
+    assert files_of(tmp_path / "run") == files_of(finished.directory)
+    assert verify_distilled(tmp_path / "run" / "distilled") == []
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_stopped_at_every_stage_and_run_again_the_results_and_the_artifact_are_the_same(
+    finished: Finished, toynet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopping = iter(looks())
+    monkeypatch.setattr(Run, "stopping", property(lambda self: next(stopping)))
+    stops = 0
+    while True:
+        with Run(tmp_path / "run") as run:
+            try:
+                results = run_recipe(finished.recipe, run, "toy")
+                break
+            except TimeLimitReached:
+                stops += 1
+    assert stops >= 5
+    assert timeless(json.loads(json.dumps(results))) == timeless(results_of(finished.directory))
+    assert files_of(tmp_path / "run") == files_of(finished.directory)
+
+
+def looks() -> Iterator[bool]:
+    """Stop at every 29th look at the clock, and keep to it for the look that leaves."""
+    while True:
+        yield from [False] * 29
+        yield from [True] * 2
+
+
+def test_budgets_that_come_to_the_same_steps_are_trained_once_and_count_for_both(
+    toy: RealData, toy_teachers: list[Teacher], plan: Plan, toy_recipe: Recipe
+) -> None:
+    """Or a table whose static and dynamic students train equally long would not compare the dynamic ones."""
+    recipe = replace(toy_recipe, student=replace(toy_recipe.student, dynamic_epochs=2))
+    distilled = distill_random(toy, toy_teachers, 6, RandomConfig(), 0, plan, Run()).with_labels(None)
+    cells = build_cells(recipe, distilled, toy, toy_teachers, plan, Run())
+    hard = [c.budget for c in cells if (c.set, c.labels) == ("random", "hard")]
+    assert hard == [
+        "equal epochs (static), equal epochs (dynamic)",
+        "equal steps (static), equal steps (dynamic)",
+    ]
+    assert len({c.name for c in cells}) == len(cells)
+
+
+def test_naturals_and_random_images_begin_with_the_same_images(toy: RealData, plan: Plan, finished: Finished) -> None:
+    """The control differs from the naturals in what INFER adds, not in luck."""
+    distilled = load_distilled(finished.directory / "distilled")
+    real = load_real(finished.recipe.data)
+    control = distill_random(real, [], 4, RandomConfig(), finished.recipe.distill_seed, plan, Run())
+    assert torch.equal(control.images[: len(distilled.images)], distilled.images)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ipc": 1}, "ipc 1 is too small for INFER.*the smallest ipc that works is 2"),
+        ({"ipc": 25}, r"class 'red' has 24 training images, but ipc 25 needs 25; lower --ipc to 24"),
+        ({"teachers": {"networks": ("convnet_in",)}}, "'convnet_in' has no BatchNorm.*use a network that has them"),
+        ({"student": {"network": "convnte"}}, "Unknown network 'convnte'.*convnet"),
+    ],
+)
+def test_what_cannot_be_distilled_is_refused_before_any_work_and_leaves_the_run_unbound(
+    toy_recipe: Recipe, tmp_path: Path, change: dict[str, Any], message: str, own_cache: Path
+) -> None:
+    values = {k: replace(getattr(toy_recipe, k), **v) if isinstance(v, dict) else v for k, v in change.items()}
+    with Run(tmp_path / "run") as run, pytest.raises(StillroomError, match=message):
+        run_recipe(replace(toy_recipe, **values), run)
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert not list(own_cache.iterdir())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_names_networks_that_exist_and_has_a_tiny_twin(name: str) -> None:
+    recipe = find_recipe(name)
+    twin = smoke(recipe)
+    assert twin.ipc == 2
+    assert json.dumps(asdict(recipe))
+    assert set(EXPECTED.get(name, {})) <= set(recipe.labels)
+    assert (name in EXPECTED) == name.startswith("infer-")
+    with torch.device("meta"):
+        for network in {*recipe.teachers.networks, recipe.student.network, *twin.teachers.networks}:
+            build_network(network, 10, 32)
+
+
+def test_the_tiny_twin_of_the_paper_s_recipe_runs_on_other_data(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    npz = write_toy_npz(tmp_path / "toy.npz")
+    toy_recipe = build_toy_recipe(npz)
+    twin = smoke(find_recipe("infer-cifar100-ipc10"))
+    twin = replace(twin, data=toy_recipe.data, compute=toy_recipe.compute, controls=False, ipc=3)
+    longer = replace(twin.teachers, epochs=8, batch_size=16, learning_rate=0.05)
+    results = run_recipe(replace(twin, teachers=longer), Run())
+    assert [c["labels"] for c in results["cells"]] == ["static", "dynamic"]
+    assert check_recipe(twin, load_real(twin.data)) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ipc": 0}, "ipc is 0"),
+        ({"seeds": ()}, "seeds is empty"),
+        ({"seeds": (1, 1)}, "seeds 1 1 has repeats"),
+        ({"labels": ()}, "labels is empty"),
+        ({"labels": ("hard", "hard")}, "labels hard hard has repeats"),
+    ],
+)
+def test_recipes_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(StillroomError, match=message):
+        Recipe(**settings)
+
+
+def test_an_unknown_recipe_is_refused_with_the_nearest_names() -> None:
+    with pytest.raises(StillroomError, match=r"no recipe 'digit'\. Did you mean 'digits'"):
+        find_recipe("digit")

@@ -1,0 +1,91 @@
+"""The README is true: its Python runs as shown, its commands are understood, its file tree is the one there is."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import stillroom
+from stillroom import cli
+
+PACKAGE = Path(stillroom.__file__).parent
+README = Path(__file__).parents[1] / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def read_tree(text: str) -> set[str]:
+    """The files that a tree of indented names lists, as paths below its first line."""
+    files, folder = set(), ""
+    for line in text.splitlines()[1:]:
+        indent = len(line) - len(line.lstrip())
+        if line.lstrip().startswith("#") or not line.strip():
+            continue
+        name = line.split()[0]
+        if indent == 4:
+            folder = name if name.endswith("/") else ""
+        if not name.endswith("/"):
+            files.add(folder + name)
+    return files
+
+
+def test_the_file_tree_names_exactly_the_files_there_are() -> None:
+    (tree,) = (block for block in blocks("text") if block.startswith("stillroom/\n"))
+    named = read_tree(tree)
+    there = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")}
+    # A folder's own __init__.py is what the tree says of the folder.
+    assert named == {path for path in there if path == "__init__.py" or not path.endswith("/__init__.py")}
+
+
+def test_a_tree_is_read_with_its_folders() -> None:
+    assert read_tree("stillroom/\n    a.py  A\n    # words\n    f/  F\n        b.py  B\n    c.py\n") == {
+        "a.py", "f/b.py", "c.py",
+    }  # fmt: skip
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if re.search(r"stillroom (run|distill|squeeze) [a-z]", line)]
+
+
+def test_the_readme_shows_commands() -> None:
+    assert len(commands()) >= 3
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_of_the_readme_is_understood(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(line.partition(">")[0], comments=True)
+    words = words[words.index("stillroom") + 1 :]
+    if "--config" in words:
+        Path(words[words.index("--config") + 1]).write_text("ipc: 10\n")
+    words = [word for word in words if word not in ("--dry-run", "--print-config")]
+    assert cli.main([*words, "--print-config"]) == 0
+    assert "ipc: 10" in capsys.readouterr().out
+
+
+def test_the_example_is_the_one_in_the_package() -> None:
+    """Six lines, the same in both places."""
+    (shown,) = (block for block in blocks("python") if "stillroom.distill(" in block)
+    statements = [line for line in shown.splitlines() if line.strip()]
+    assert len(statements) == 6
+    for line in statements:
+        assert line in str(stillroom.__doc__)
+
+
+@pytest.mark.slow
+def test_every_python_block_runs_as_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks("python"):
+        exec(compile(block, str(README), "exec"), names)
+    assert re.search(r"convnet_thin, static labels: \d+\.\d% ± \d+\.\d% over 3 seeds", capsys.readouterr().out)

@@ -1,0 +1,181 @@
+"""A run directory: one configuration, one process, units that are done once, and a clean way to stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from stillroom import run as run_module
+from stillroom.errors import StillroomError, TimeLimitReached
+from stillroom.run import Run
+
+PLAN = {"threads": 1, "processor": "abacus", "torch_version": "2", "seed_scheme": 1}
+
+
+def events(directory: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+
+
+def test_another_configuration_is_refused_and_every_differing_field_shown(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        run.bind_config({"ipc": 10, "infer": {"steps": 5, "clip": True}, "seeds": (0, 1)}, PLAN)
+    with Run(tmp_path) as run, pytest.raises(StillroomError, match="holds another configuration") as refusal:
+        run.bind_config({"ipc": 20, "infer": {"steps": 6, "clip": True}, "seeds": (0, 1), "new": 1}, PLAN)
+    for line in ("ipc: 10 there, 20 now", "infer.steps: 5 there, 6 now", "new: None there, 1 now", "--out"):
+        assert line in str(refusal.value)
+    assert "clip" not in str(refusal.value)
+    assert "seeds" not in str(refusal.value)
+
+
+def test_the_stored_plan_is_used_again_and_what_cannot_be_is_told(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        assert run.bind_config({"seeds": (0,)}, PLAN) == PLAN
+    now = {**PLAN, "threads": 8, "processor": "slide rule"}
+    with Run(tmp_path) as run:
+        assert run.bind_config({"seeds": (0,)}, now) == {**PLAN, "processor": "slide rule"}
+    (told,) = [e for e in events(tmp_path) if e["event"] == "plan_differs"]
+    assert (told["field"], told["stored"], told["now"]) == ("processor", "abacus", "slide rule")
+
+
+def test_a_second_process_on_the_same_directory_is_refused_until_the_first_ends(tmp_path: Path) -> None:
+    code = "import fcntl, os, sys, time; lock = open(sys.argv[1], 'w'); fcntl.flock(lock, fcntl.LOCK_EX)"
+    code += "; lock.write(str(os.getpid())); lock.flush(); print('locked', flush=True); time.sleep(60)"
+    lock = str(tmp_path / ".lock")
+    other = subprocess.Popen([sys.executable, "-c", code, lock], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(StillroomError, match=f"in use by process {other.pid}; wait for it"):
+            Run(tmp_path)
+    finally:
+        other.kill()
+        other.communicate()
+    Run(tmp_path).close()  # a killed process leaves no lock behind
+    with Run(tmp_path), pytest.raises(StillroomError, match=f"in use by process {os.getpid()}"):
+        Run(tmp_path)
+
+
+def test_events_are_one_json_object_per_line(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        run.event("first", text="two\nlines, süd", number=1.5)
+        run.event("second", values=[1, 2])
+    first, second = events(tmp_path)
+    assert (first["event"], first["text"], first["number"]) == ("first", "two\nlines, süd", 1.5)
+    assert second["values"] == [1, 2]
+    assert abs(float(str(first["time"])) - time.time()) < 60
+
+
+def test_a_finished_unit_is_kept_and_its_checkpoint_removed(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        for name, tensors in (("plain", None), ("tensors", {"x": torch.arange(3)})):
+            assert not run.unit_done(name)
+            run.checkpoint(name).save({"x": torch.zeros(1)}, {"step": 3})
+            stored = run.checkpoint(name).load()
+            assert stored is not None
+            assert stored[1] == {"step": 3}
+            run.finish_unit(name, {"value": 1}, tensors)
+            assert run.unit_done(name)
+            assert run.checkpoint(name).load() is None
+    assert not list((tmp_path / "checkpoints").iterdir())
+    with Run(tmp_path) as run:
+        assert run.load_unit("plain") == ({"value": 1}, {})
+        result, tensors = run.load_unit("tensors")
+        assert result == {"value": 1}
+        assert torch.equal(tensors["x"], torch.arange(3))
+    assert [e["unit"] for e in events(tmp_path)] == ["plain", "tensors"]
+
+
+def test_a_run_without_a_directory_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Run() as run:
+        assert run.bind_config({"a": 1}, PLAN) == PLAN
+        run.event("anything")
+        run.checkpoint("unit").save({}, {})
+        assert run.checkpoint("unit").load() is None
+        assert not run.checkpoint("unit").due
+        run.finish_unit("unit", {})
+        assert not run.unit_done("unit")
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpoints_are_due_once_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: clock[0])
+    with Run(tmp_path) as run:
+        checkpoint = run.checkpoint("unit")
+        assert not checkpoint.due
+        clock[0] += 60
+        assert checkpoint.due
+        checkpoint.save({}, {})
+        assert not checkpoint.due
+
+
+def test_the_time_limit_stops_between_units_and_is_told(tmp_path: Path) -> None:
+    with Run(tmp_path, time_limit=3600) as run:
+        assert not run.stopping
+        run.check_time()
+    with Run(tmp_path, time_limit=0) as run:
+        assert run.stopping
+        with pytest.raises(TimeLimitReached, match="time limit"):
+            run.check_time()
+    assert events(tmp_path)[-1]["reason"] == "time limit"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_run_as_the_time_limit_does(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with Run(tmp_path) as run, run.stop_on_signals():
+        assert not run.stopping
+        signal.raise_signal(number)
+        assert run.stopping
+        with pytest.raises(TimeLimitReached, match=number.name):
+            run.check_time()
+        with pytest.raises(KeyboardInterrupt):  # who asks twice will not wait
+            signal.raise_signal(number)
+    assert signal.getsignal(number) == before
+    assert events(tmp_path)[-1]["reason"] == number.name
+
+
+def test_progress_is_silent_where_standard_error_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with Run() as run, run.progress("work", 10) as advance:
+        advance()
+        advance(3, loss=1.0)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_shows_rate_and_count_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module.sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    with Run() as run, run.progress("work", 10, start=4) as advance:
+        advance(3, loss=1.0)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "work" in err
+    assert Run(show=False).show is False
+
+
+def test_a_notice_goes_to_standard_error_and_into_the_events(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Run(tmp_path) as run:
+        run.notice("three images were left out")
+    assert capsys.readouterr() == ("", "three images were left out\n")
+    assert events(tmp_path)[-1]["message"] == "three images were left out"
+
+
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StillroomError, match=r"cannot be written .*give another with --out"):
+        Run(tmp_path / "file")
+    with pytest.raises(StillroomError, match=r"cannot be written .*give another with --out"):
+        Run(tmp_path / "file" / "below")

@@ -1,0 +1,298 @@
+"""Teachers: cached by everything that made them, measured, refused near chance, and read from files without risk."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import TOY_CLASSES, ToyNet
+
+from stillroom import teachers as teachers_module
+from stillroom.compute import Plan
+from stillroom.data import MemoryImages, RealData
+from stillroom.errors import StillroomError, TimeLimitReached
+from stillroom.run import Run
+from stillroom.teachers import (
+    TeachersConfig,
+    cache_entry,
+    check_above_chance,
+    empty_cache,
+    hash_weights,
+    list_cache,
+    load_checkpoint,
+    load_teachers,
+    teacher_key,
+)
+from stillroom.train import apply_normalization, measure_accuracy
+
+QUICK = TeachersConfig(("toynet",), recipe="fast", epochs=3, batch_size=16, learning_rate=0.05)
+
+
+@pytest.fixture
+def trained(toy: RealData, tmp_path: Path) -> ToyNet:
+    """A network that knows the toy world, as a user might bring it: its accuracy is far from chance."""
+    net = ToyNet(0)
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+    images = apply_normalization(toy.train.images, toy.mean, toy.std)
+    for _ in range(15):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(images), toy.train.labels).backward()
+        optimizer.step()
+    return net
+
+
+def refuse_to_train(*_: object, **__: object) -> None:
+    pytest.fail("trained again")
+
+
+def test_a_teacher_is_trained_once_measured_frozen_and_then_read_from_the_cache(
+    toy: RealData, plan: Plan, toynet: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with Run(tmp_path / "run") as run:
+        (first,) = load_teachers(toy, QUICK, plan, run)
+    assert first.accuracy["top1"] > 0.6
+    assert first.accuracy == measure_accuracy(first.model, toy.test, toy.mean, toy.std, plan)
+    assert not first.model.training
+    assert not any(p.requires_grad for p in first.model.parameters())
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    (told,) = [e for e in events if e["event"] == "teacher"]
+    assert (told["name"], told["accuracy"], told["hash"]) == ("toynet", first.accuracy, first.hash)
+    monkeypatch.setattr(teachers_module, "fit", refuse_to_train)
+    (second,) = load_teachers(toy, QUICK, plan, Run())
+    assert second.facts() == first.facts()
+    assert hash_weights(second.model) == hash_weights(first.model) == first.hash
+
+
+def test_the_cache_key_changes_with_each_thing_that_decides_the_weights(toy: RealData, plan: Plan) -> None:
+    pixels = toy.train.images.clone()
+    pixels[0, 0, 0, 0] ^= 1
+    data = [
+        replace(toy, train=MemoryImages(pixels, toy.train.labels)),
+        replace(toy, train=MemoryImages(toy.train.images, toy.train.labels.roll(1))),
+        replace(toy, class_names=("a", *toy.class_names[1:])),
+        replace(toy, mean=(0.1, *toy.mean[1:])),
+        replace(toy, std=(0.1, *toy.std[1:])),
+        replace(toy, flip=True),
+        replace(toy, image_size=16),
+    ]
+    settings = [
+        replace(QUICK, recipe="field"),
+        replace(QUICK, epochs=4),
+        replace(QUICK, batch_size=8),
+        replace(QUICK, learning_rate=0.1),
+        replace(QUICK, seed=1),
+    ]
+    plans = [replace(plan, threads=2), replace(plan, precision="bfloat16"), replace(plan, torch_version="0")]
+    plans += [replace(plan, processor="abacus"), replace(plan, seed_scheme=2), replace(plan, compile="on")]
+    entries = [cache_entry("toynet", toy, QUICK, plan), cache_entry("convnet", toy, QUICK, plan)]
+    entries += [cache_entry("toynet", real, QUICK, plan) for real in data]
+    entries += [cache_entry("toynet", toy, config, plan) for config in settings]
+    entries += [cache_entry("toynet", toy, QUICK, other) for other in plans]
+    assert len(set(entries)) == 2 + len(data) + len(settings) + len(plans)
+
+
+def test_the_cache_key_does_not_change_with_what_leaves_the_weights_alone(toy: RealData, plan: Plan) -> None:
+    entry = cache_entry("toynet", toy, QUICK, plan)
+    assert cache_entry("toynet", toy, QUICK, replace(plan, pack_slots=9)) == entry
+    assert cache_entry("toynet", toy, replace(QUICK, networks=("toynet", "convnet")), plan) == entry
+    same = replace(toy, train=MemoryImages(toy.train.images.clone(), toy.train.labels.clone()))
+    assert cache_entry("toynet", same, QUICK, plan) == entry
+    assert json.dumps(teacher_key("toynet", toy, QUICK, plan))  # it is kept as JSON beside the weights
+
+
+def test_an_interrupted_training_goes_on_from_the_cache_in_another_run(
+    toy: RealData, plan: Plan, toynet: str, monkeypatch: pytest.MonkeyPatch, own_cache: Path
+) -> None:
+    (whole,) = load_teachers(toy, QUICK, plan, Run())
+    empty_cache("")
+    with pytest.raises(TimeLimitReached):
+        load_teachers(toy, QUICK, plan, Run(time_limit=0.0))
+    ((entry, _, text),) = list_cache("")
+    assert text == "unfinished"
+    checkpoint = entry / "checkpoint.safetensors"
+    assert checkpoint.exists()
+    (resumed,) = load_teachers(toy, QUICK, plan, Run())
+    assert resumed.facts() == whole.facts()
+    assert not checkpoint.exists()
+
+
+def test_a_teacher_near_chance_stops_the_run_and_names_three_things_to_check(
+    toy: RealData, plan: Plan, toynet: str
+) -> None:
+    shuffled = replace(toy, test=MemoryImages(toy.test.images, (toy.test.labels + 1) % TOY_CLASSES))
+    with pytest.raises(StillroomError, match=r"near chance \(25.0%\)") as refusal:
+        load_teachers(shuffled, QUICK, plan, Run())
+    for suspect in ("order of the labels", "normalisation", "architecture", "north west", "'toynet'", "'toy'"):
+        assert suspect in str(refusal.value)
+
+
+def test_near_chance_means_within_three_standard_errors_of_guessing(toy: RealData, plan: Plan) -> None:
+    bound = 0.25 + 3 * (0.25 * 0.75 / len(toy.test)) ** 0.5
+    for top1, stops in ((bound - 1e-6, True), (bound + 1e-6, False), (float("nan"), True)):
+        teacher = teachers_module.Teacher("t", ToyNet(0), {"top1": top1, "top5": 1.0}, "", "")
+        if stops:
+            with pytest.raises(StillroomError, match="near chance"):
+                check_above_chance(teacher, toy)
+        else:
+            check_above_chance(teacher, toy)
+
+
+def save_plain(state: dict[str, Any], path: Path) -> None:
+    torch.save(state, path)
+
+
+def save_nested(state: dict[str, Any], path: Path) -> None:
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 200, "best": 0.7}, path)
+
+
+def save_safely(state: dict[str, Any], path: Path) -> None:
+    safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("save", "name"), [(save_plain, "net.pt"), (save_nested, "net.pth.tar"), (save_safely, "net.safetensors")]
+)
+def test_weights_of_the_users_own_are_taken_from_every_common_kind_of_file(
+    toy: RealData, plan: Plan, toynet: str, trained: ToyNet, tmp_path: Path, save: Any, name: str
+) -> None:
+    save(trained.state_dict(), tmp_path / name)
+    config = replace(QUICK, checkpoints=(f"toynet={tmp_path / name}",))
+    (teacher,) = load_teachers(toy, config, plan, Run())
+    assert teacher.hash == hash_weights(trained)
+    assert teacher.source == f"file {name}"
+    assert teacher.accuracy["top1"] > 0.8
+    assert list_cache("") == []
+
+
+def test_weights_that_do_not_fit_are_refused_with_every_key_that_is_wrong(
+    toy: RealData, toynet: str, tmp_path: Path
+) -> None:
+    state = ToyNet(0).state_dict()
+    del state["0.weight"]
+    state["stem.weight"] = torch.zeros(1)
+    state["7.bias"] = torch.zeros(10)
+    torch.save(state, tmp_path / "net.pt")
+    with pytest.raises(StillroomError, match="does not fit toynet for 4 classes at 8 px") as refusal:
+        load_checkpoint("toynet", tmp_path / "net.pt", toy)
+    for line in ("missing 0.weight", "unexpected stem.weight", "7.bias is [10], the network's [4]"):
+        assert line in str(refusal.value)
+
+
+class Payload:
+    """Pickled, it writes a file as soon as it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("form", ["torch", "pickle"])
+def test_a_file_with_code_is_refused_and_its_code_never_runs(
+    toy: RealData, toynet: str, tmp_path: Path, form: str
+) -> None:
+    path, harm = tmp_path / "net.pt", tmp_path / "harm"
+    content = {"state_dict": ToyNet(0).state_dict(), "extra": Payload(harm)}
+    torch.save(content, path) if form == "torch" else path.write_bytes(pickle.dumps(Payload(harm)))
+    with pytest.raises(StillroomError, match=r"cannot be read as weights.*save the network's state_dict alone"):
+        load_checkpoint("toynet", path, toy)
+    assert not harm.exists()
+    torch.load(path, weights_only=False) if form == "torch" else pickle.loads(path.read_bytes())
+    assert harm.exists()  # the payload was live
+
+
+def test_files_that_hold_no_weights_are_refused(toy: RealData, toynet: str, tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"a": "text"}, tmp_path / "text.pt")
+    (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 cut short")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x08")
+    for name, message in (
+        ("list.pt", "holds no state_dict"),
+        ("text.pt", "holds no state_dict"),
+        ("cut.pt", "cannot be read as weights"),
+        ("cut.safetensors", "not a whole safetensors file"),
+        ("missing.pt", "cannot be read as weights"),
+    ):
+        with pytest.raises(StillroomError, match=message):
+            load_checkpoint("toynet", tmp_path / name, toy)
+
+
+def test_weights_with_nan_are_refused_and_named(toy: RealData, toynet: str, tmp_path: Path) -> None:
+    state = ToyNet(0).state_dict()
+    state["3.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(state, tmp_path / "net.pt")
+    with pytest.raises(StillroomError, match=r"values that are not finite in 3\.weight"):
+        load_checkpoint("toynet", tmp_path / "net.pt", toy)
+
+
+@pytest.mark.parametrize("text", ["net.pt", "resnet18=net.pt"])
+def test_a_checkpoint_for_no_configured_network_is_refused(toy: RealData, plan: Plan, toynet: str, text: str) -> None:
+    with pytest.raises(StillroomError, match=f"teachers.checkpoints has '{text}'; give NETWORK=FILE .*toynet"):
+        load_teachers(toy, replace(QUICK, checkpoints=(text,)), plan, Run())
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_before_any_teacher_is_trained(
+    toy: RealData, plan: Plan, toynet: str, own_cache: Path
+) -> None:
+    config = replace(QUICK, networks=("toynet", "convnet_thin"), checkpoints=("convnet_thin=gone.pt",))
+    with pytest.raises(StillroomError, match=r"'convnet_thin=gone\.pt', but 'gone\.pt' is not a file"):
+        load_teachers(toy, config, plan, Run())
+    assert not list(own_cache.iterdir())
+
+
+def test_networks_named_twice_or_not_at_all_are_refused(toy: RealData, plan: Plan, toynet: str) -> None:
+    with pytest.raises(StillroomError, match="names 'toynet' twice"):
+        load_teachers(toy, replace(QUICK, networks=("toynet", "toynet")), plan, Run())
+    with pytest.raises(StillroomError, match=r"teachers\.networks is empty"):
+        load_teachers(toy, replace(QUICK, networks=()), plan, Run())
+
+
+def test_imagenet_weights_are_refused_for_other_classes(toy: RealData, plan: Plan) -> None:
+    config = TeachersConfig(("resnet18",), source="imagenet")
+    with pytest.raises(StillroomError, match="know 1000 classes, but 'toy' has 4"):
+        load_teachers(toy, config, plan, Run())
+
+
+def test_a_damaged_cache_entry_is_refused_with_the_folder_to_delete(toy: RealData, plan: Plan, toynet: str) -> None:
+    load_teachers(toy, QUICK, plan, Run())
+    ((entry, _, _),) = list_cache("")
+    tensors = safetensors.torch.load_file(entry / "weights.safetensors")
+    tensors["0.weight"][0, 0, 0, 0] += 1
+    safetensors.torch.save_file(tensors, entry / "weights.safetensors")
+    with pytest.raises(StillroomError, match=r"is damaged .*delete that folder") as refusal:
+        load_teachers(toy, QUICK, plan, Run())
+    assert str(entry) in str(refusal.value)
+    (entry / "weights.safetensors").write_bytes(b"cut")
+    with pytest.raises(StillroomError, match="not a whole safetensors file"):
+        load_teachers(toy, QUICK, plan, Run())
+
+
+def test_the_cache_is_listed_with_sizes_and_emptied(toy: RealData, plan: Plan, toynet: str, own_cache: Path) -> None:
+    assert list_cache("") == []
+    (teacher,) = load_teachers(toy, QUICK, plan, Run())
+    ((entry, size, text),) = list_cache("")
+    assert entry.parent == own_cache / "teachers"
+    assert size == sum(f.stat().st_size for f in entry.iterdir())
+    assert size > 4 * sum(p.numel() for p in teacher.model.parameters())
+    assert text == f"top-1 {teacher.accuracy['top1']:.1%}"
+    empty_cache("")
+    assert list_cache("") == []
+
+
+def test_the_hash_of_weights_sees_names_shapes_types_and_every_buffer() -> None:
+    hashes = {hash_weights(ToyNet(0))}
+    for name, value in ToyNet(0).state_dict().items():
+        net = ToyNet(0)
+        net.state_dict()[name].view(-1)[-1] += 1
+        assert value.shape == net.state_dict()[name].shape
+        hashes.add(hash_weights(net))
+    hashes.add(hash_weights(ToyNet(0).double()))
+    assert len(hashes) == 2 + len(ToyNet(0).state_dict())
+    assert hash_weights(ToyNet(0).to(memory_format=torch.channels_last)) == hash_weights(ToyNet(0))
