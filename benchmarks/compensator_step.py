@@ -232,7 +232,7 @@ def main() -> int:
     parser.add_argument("--pack-slots", type=int, help="slots in a step; default: as runs on this device choose")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--data", help="real images: a dataset's name or folder; default: generated smooth noise")
-    parser.add_argument("--cold-compile", action="store_true", help="leave the caches of torch.compile alone")
+    parser.add_argument("--cold-compile", action="store_true", help="compile without caches, as a first run does")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
     torch.compiler.config.force_disable_caches = arguments.cold_compile

@@ -35,7 +35,10 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'stillroom' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"stillroom.{_HOME[name]}"), name)
+    home = importlib.import_module(f"stillroom.{_HOME[name]}")
+    # Bound for good: importing stillroom.api also imports the module stillroom.evaluate, which would hide the function.
+    globals().update({other: getattr(home, other) for other, place in _HOME.items() if place == _HOME[name]})
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

@@ -77,6 +77,8 @@ def evaluate(
     """
     train = {f.name for f in fields(TrainConfig)}
     config = StudentConfig(network=network)
+    if "epochs" in settings:
+        settings.setdefault("dynamic_epochs", settings["epochs"])
     config = replace(
         _with(config, {k: v for k, v in settings.items() if k not in train}, "evaluate", train),
         train=replace(config.train, **{k: v for k, v in settings.items() if k in train}),

@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -53,6 +53,8 @@ class DataConfig:
     holdout_per_class: int = 0
     """Above 0: the last N training images of each class leave training and replace the test split, which is not read.
     For tuning, which must never see the test split."""
+    flip: Literal["auto", "on", "off"] = "auto"
+    """Whether a mirrored image keeps its class, so that training may flip. auto: yes, except for digits."""
     memory_limit_gib: float = 4.0
     """A split that needs more than this as uint8 pixels is decoded batch by batch; 0 decodes everything so."""
 
@@ -219,7 +221,7 @@ def _load(config: DataConfig) -> RealData:
         mean=mean,
         std=std,
         image_size=size,
-        flip=facts.flip if facts else True,
+        flip=config.flip == "on" or (config.flip == "auto" and (facts.flip if facts else True)),
         skipped_images=selected - len(train_rows) + len(test_rows) - len(kept_test_rows),
         raw_bytes=len(train) * channels * as_stored,
         stored_bytes=source.train.images.stored_bytes(train_rows),

@@ -50,10 +50,13 @@ def open_stages(recipe: Recipe, run: Run) -> tuple[RealData, Plan]:
         run.notice(f"{real.skipped_images} images of {real.name!r} could not be read and were left out")
     check_recipe(recipe, real)
     # Only now: a run directory must not be bound to settings that never worked.
-    settings = {k: v for k, v in asdict(recipe).items() if k != "compute"}
-    plan = Plan(**run.bind_config(settings, plan.as_dict()))
-    plan.activate()
-    return real, plan
+    # Neither how it is computed nor how many students there are makes it another run.
+    settings = {k: v for k, v in asdict(recipe).items() if k not in ("compute", "seeds")}
+    bound = Plan(**run.bind_config(settings, plan.as_dict()))
+    if bound != plan:
+        run.notice(f"going on with the numerical plan that the run began with: {bound}")
+    bound.activate()
+    return real, bound
 
 
 def check_recipe(recipe: Recipe, real: RealData) -> None:

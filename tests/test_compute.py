@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from stillroom import compute
 from stillroom.compute import COMPILE_FROM_STEPS, ComputeConfig, Plan, build_generator, derive_seed, resolve_plan
@@ -111,3 +112,21 @@ def test_autocast_is_on_for_bfloat16_alone(plan: Plan) -> None:
         assert layer(x).dtype == torch.float32
     with Plan(**{**plan.as_dict(), "precision": "bfloat16"}).autocast():
         assert layer(x).dtype == torch.bfloat16
+
+
+def test_strided_depthwise_layers_are_placed_in_float32_with_their_names_and_results() -> None:
+    torch.manual_seed(0)
+    strided = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8, bias=False)
+    plain = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+    model = nn.Sequential(strided, plain)
+    names, weight = list(model.state_dict()), strided.weight.detach().clone()
+    plan = resolve_plan(ComputeConfig(device="cpu", precision="bfloat16", compile="off"))
+    placed = plan.place(model)
+    assert list(placed.state_dict()) == names
+    x = torch.randn(4, 8, 8, 8).bfloat16()
+    with plan.autocast():
+        found, other = placed[0](x), placed[1](x)
+    assert found.dtype == other.dtype == torch.bfloat16
+    # One rounding, of the result: the weights are not rounded. The layer of stride 1 is autocast as ever.
+    assert torch.equal(found, nn.functional.conv2d(x.float(), weight, stride=2, padding=1, groups=8).bfloat16())
+    assert type(placed[1]) is nn.Conv2d

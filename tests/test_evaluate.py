@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from conftest import TOY_CLASSES, build_toy_teacher
 from test_infer import numpy_forward
 
 from stillroom import augment
-from stillroom import evaluate as evaluation_module
 from stillroom.compute import Plan, build_generator
 from stillroom.data import RealData
 from stillroom.distilled import DistilledSet
@@ -37,6 +37,8 @@ from stillroom.methods.select import RandomConfig, distill_random
 from stillroom.run import Run
 from stillroom.teachers import Teacher, hash_weights
 from stillroom.train import Epochs, TrainConfig
+
+evaluation_module = sys.modules["stillroom.evaluate"]  # the package has a function of this name
 
 PLAIN = TrainConfig(epochs=2, batch_size=8, optimizer="adamw", learning_rate=1e-2, crop_padding=0, flip=False)
 MIXED = replace(PLAIN, mixup_beta=0.8, crop_padding=1)
