@@ -38,6 +38,8 @@ def main() -> None:
         DataConfig(args.data, train_per_class=args.train_per_class, holdout_per_class=args.holdout_per_class)
     )
     run = Run(args.out.with_suffix("") if args.out else None)
+    kept = {k: str(v) for k, v in vars(args).items() if k in ("data", "train_per_class", "holdout_per_class")}
+    run.bind_config(kept, plan.as_dict())
     rows: list[dict[str, Any]] = []
     for network in args.networks:
         for recipe, train in TEACHER_RECIPES.items():

@@ -53,10 +53,13 @@ def distill(
 
     labels: "hard", "static" or "dynamic"; `settings` are the method's own (InferConfig, ...).
     """
+    kinds = ("hard", "static", "dynamic")
+    if labels not in kinds:
+        raise StillroomError(f"labels is {labels!r}." + suggest(labels, kinds))
     if method not in METHODS:
         raise StillroomError(f"there is no method {method!r}." + suggest(method, METHODS))
     config_type, function = METHODS[method]
-    plan, run = _plan(compute), Run()
+    plan, run = _plan(compute, real.classes * real.image_size**2), Run()
     config = _with(config_type(), settings, f"distill({method!r})")
     return attach_labels(function(real, teachers, ipc, config, seed, plan, run), labels, teachers, plan, run)
 
@@ -87,8 +90,8 @@ def evaluate(
     return evaluate_students(distilled, real, config, which, _plan(compute), Run(), teachers=teachers)
 
 
-def _plan(compute: ComputeConfig | None) -> Plan:
-    plan = resolve_plan(compute or ComputeConfig())
+def _plan(compute: ComputeConfig | None, slot_pixels: int = 0) -> Plan:
+    plan = resolve_plan(compute or ComputeConfig(), slot_pixels=slot_pixels)
     plan.activate()
     return plan
 

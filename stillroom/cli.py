@@ -14,6 +14,7 @@ with everything saved: the same command goes on.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 import shutil
@@ -37,7 +38,7 @@ from stillroom.errors import StillroomError, TimeLimitReached, suggest
 from stillroom.estimate import estimate_recipe
 from stillroom.evaluate import StudentConfig, check_matches, evaluate
 from stillroom.files import write_json
-from stillroom.pipeline import distill_recipe, open_stages, provenance, relabel, run_recipe
+from stillroom.pipeline import bound_settings, distill_recipe, open_stages, provenance, relabel, run_recipe
 from stillroom.recipes import EXPECTED, RECIPES, Recipe, find_recipe
 from stillroom.run import Run
 from stillroom.teachers import TeachersConfig, empty_cache, list_cache, load_teachers
@@ -106,6 +107,10 @@ class CleanCommand:
     cache: str = TeachersConfig().cache
 
 
+class UsageError(Exception):
+    """Words in an order that cannot be understood."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     words = sys.argv[1:] if argv is None else argv
@@ -121,6 +126,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"stillroom: there is no command {name!r}.{suggest(name, COMMANDS)}", file=sys.stderr)
             return USAGE
         return COMMANDS[name](rest)
+    except UsageError as error:
+        print(f"stillroom: {error}", file=sys.stderr)
+        return USAGE
     except StillroomError as error:
         print(f"stillroom: {error}", file=sys.stderr)
         return FAILED
@@ -129,15 +137,22 @@ def main(argv: list[str] | None = None) -> int:
         return FAILED
     except torch.OutOfMemoryError as error:
         print(
-            f"stillroom: out of memory ({str(error).splitlines()[0]}); lower --compute.pack-slots or the batch size",
+            f"stillroom: out of memory ({str(error).splitlines()[0]}); lower "
+            "--compute.pack-slots or the batch size, with a new --out",
             file=sys.stderr,
         )
         return FAILED
     except TimeLimitReached as stop:
-        print(f"stillroom: stopped ({stop}); everything is saved, the same command goes on", file=sys.stderr)
+        print(
+            f"stillroom: stopped ({stop}); what a run directory keeps is saved, the same command goes on",
+            file=sys.stderr,
+        )
         return STOPPED
     except KeyboardInterrupt:
-        print("stillroom: interrupted; finished units are kept, the same command goes on", file=sys.stderr)
+        print(
+            "stillroom: interrupted; the finished units of a run directory are kept, the same command goes on",
+            file=sys.stderr,
+        )
         return STOPPED
 
 
@@ -189,9 +204,16 @@ def evaluate_command(words: list[str]) -> int:
     """stillroom evaluate: students on a set that exists."""
     default = None
     if words and not words[0].startswith("-"):  # the set knows the name of its dataset; a path must be given again
-        source = load_distilled(_set_directory(Path(words[0]))).manifest.dataset.name
-        default = EvaluateCommand(Path(words[0]), DataConfig(source=source))
+        manifest = load_distilled(_set_directory(Path(words[0]))).manifest
+        default = EvaluateCommand(Path(words[0]), DataConfig(source=manifest.dataset.name))
+        if manifest.teachers:
+            networks = tuple(teacher.name for teacher in manifest.teachers)
+            default = dataclasses.replace(default, teachers=TeachersConfig(networks=networks))
     command = _parse(EvaluateCommand, "evaluate", words, default)
+    if default is None:
+        raise UsageError(f"name the set's directory first: stillroom evaluate {command.distilled} ...")
+    if command.time_limit is not None and command.out is None:
+        raise UsageError("--time-limit saves what is done, which needs a run directory: give --out too")
     if command.print_config:
         print(to_yaml(command, ("distilled", "out", "config", "time_limit", "print_config")))
         return OK
@@ -200,13 +222,16 @@ def evaluate_command(words: list[str]) -> int:
         plan = resolve_plan(command.compute, run.notice)
         real = load_real(command.data)
         check_matches(distilled, real)
-        settings = {k: v for k, v in asdict(command).items() if k in ("data", "student", "labels", "teachers", "seeds")}
+        kept = {k: v for k, v in asdict(command).items() if k in ("data", "student", "labels", "teachers")}
+        settings = bound_settings(kept, real)
         settings["distilled"] = {role: facts.sha256 for role, facts in distilled.manifest.files.items()}
         plan = type(plan)(**run.bind_config(settings, plan.as_dict()))
         plan.activate()
         kind = distilled.manifest.label_kind if command.labels == "stored" else command.labels
         needs_teachers = kind == "dynamic" or (kind == "static" and distilled.soft_labels is None)
         teachers = load_teachers(real, command.teachers, plan, run) if needs_teachers else []
+        if {teacher.hash for teacher in teachers} - {teacher.hash for teacher in distilled.manifest.teachers}:
+            run.notice("these teachers are not the ones that the set was made with: their weights differ")
         distilled = relabel(distilled, kind, teachers, plan, run)
         result = evaluate(distilled, real, command.student, command.seeds, plan, run, teachers=teachers)
         if command.out is not None:
@@ -306,6 +331,8 @@ def parse_recipe(name: str, words: list[str]) -> RecipeCommand | None:
     recipe = next((word for word in words[:1] if not word.startswith("-")), "small")
     default = RecipeCommand(recipe, find_recipe(recipe))
     command = _parse(RecipeCommand, name, words, default)
+    if command.recipe != recipe:
+        raise UsageError(f"name the recipe first: stillroom {name} {command.recipe} ...")
     if command.print_config:
         print(to_yaml(command.settings))
         return None
@@ -423,7 +450,7 @@ def show_results(results: dict[str, Any]) -> None:
         ]  # fmt: skip
         for c in ahead:
             print(
-                f"not beaten: {c['set']} with {c['labels']} labels at {c['budget'].split(' (')[0]} reaches "
+                f"not beaten: {c['set']} with {c['labels']} labels, {c['budget']}, reaches "
                 f"{c['mean']:.1f}, {own['set']} with {labels} labels {own['mean']:.1f}"
             )
 

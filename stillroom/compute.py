@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from stillroom.errors import StillroomError
+from stillroom.errors import StillroomError, check_choices
 
 # Changes whenever a draw is derived differently, so that cached work of another scheme is never mistaken for ours.
 SEED_SCHEME = 1
@@ -52,7 +52,10 @@ class ComputeConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the processor has it
     compile: Literal["auto", "on", "off"] = "auto"  # auto: where the number of steps repays the compilation
     threads: int | None = None  # CPU threads; None: all cores that this process may use
-    pack_slots: int | None = None  # slots of one teacher optimised in one step; None: chosen for the device
+    pack_slots: int | None = None  # slots of one teacher optimised in one step; None: chosen for device and images
+
+    def __post_init__(self) -> None:
+        check_choices(self, "compute")
 
 
 class Float32Conv2d(nn.Conv2d):
@@ -90,7 +93,9 @@ class Plan:
             # Kernel selection by timing would make the bits depend on the moment; deterministic kernels do not.
             torch.backends.cudnn.benchmark = False
             torch.backends.cudnn.deterministic = True
-            torch.set_float32_matmul_precision("highest" if self.precision == "float32" else "high")
+            exact = self.precision == "float32"
+            torch.set_float32_matmul_precision("highest" if exact else "high")
+            torch.backends.cudnn.allow_tf32 = not exact  # convolutions have a switch of their own
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -127,8 +132,12 @@ class Plan:
         return asdict(self)
 
 
-def resolve_plan(config: ComputeConfig, notify: Callable[[str], None] = lambda message: None) -> Plan:
+def resolve_plan(
+    config: ComputeConfig, notify: Callable[[str], None] = lambda message: None, slot_pixels: int = 0
+) -> Plan:
     """Resolve `config` on this machine; `notify` gets one line where something asked for cannot be had.
+
+    `slot_pixels`: images of a slot times their pixels, by which the packing is chosen; 0: not known, one slot a step.
 
     Raises StillroomError for a device that is not here and for a thread count below 1.
     """
@@ -137,6 +146,9 @@ def resolve_plan(config: ComputeConfig, notify: Callable[[str], None] = lambda m
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind = device.split(":")[0]
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    index = device.partition(":")[2]
+    if index and not (kind == "cuda" and index.isdigit() and int(index) < torch.cuda.device_count()):
+        available[kind] = False
     if not available.get(kind, False):
         here = ", ".join(name for name, there in available.items() if there)
         raise StillroomError(
@@ -157,12 +169,16 @@ def resolve_plan(config: ComputeConfig, notify: Callable[[str], None] = lambda m
         compile=compile_mode,
         threads=config.threads or _usable_cores(),
         channels_last=kind != "mps",
-        # A large GPU starves on a batch of 100; two cores are busy with it.
-        pack_slots=config.pack_slots or (16 if kind == "cuda" else 1),
+        pack_slots=config.pack_slots or (_pack_for_gpu(slot_pixels) if kind == "cuda" else 1),
         processor=torch.cuda.get_device_name(device) if kind == "cuda" else _processor(),
         torch_version=torch.__version__,
         seed_scheme=SEED_SCHEME,
     )
+
+
+def _pack_for_gpu(slot_pixels: int) -> int:
+    """A large GPU starves on 100 small images; two thousand of 32 px fill it, as does one slot of ImageNet."""
+    return max(1, min(16, 2000 * 32 * 32 // slot_pixels)) if slot_pixels else 1
 
 
 def _keep_freed_memory() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class StillroomError(ValueError):
@@ -21,3 +23,16 @@ def suggest(name: str, choices: Iterable[str]) -> str:
     if near:
         return " Did you mean " + " or ".join(repr(n) for n in near) + "?"
     return " Choose from: " + ", ".join(known) + "."
+
+
+def check_choices(settings: Any, where: str) -> None:
+    """Raise StillroomError where a `Literal` field of the dataclass `settings` holds none of its choices.
+
+    Python does not check these; without it a misspelt choice would quietly mean another one.
+    """
+    hints = get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        value, choices = getattr(settings, field.name), get_args(hints[field.name])
+        if get_origin(hints[field.name]) is Literal and value not in choices:
+            fix = suggest(str(value), map(str, choices))
+            raise StillroomError(f"{where}.{field.name} is {value!r}, which is not one of its choices.{fix}")

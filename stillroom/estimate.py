@@ -31,7 +31,7 @@ TIMED_STEPS = 3
 
 @dataclass(frozen=True)
 class Stage:
-    """One line of the plan: seconds of work left, bytes of peak memory, bytes kept on disk."""
+    """One line of the plan: seconds of work, bytes of peak memory, bytes kept on disk."""
 
     name: str
     work: str

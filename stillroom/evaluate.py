@@ -120,9 +120,12 @@ def check_matches(distilled: DistilledSet, real: RealData) -> None:
         )
 
 
-def steps_per_epoch(distilled: DistilledSet, batch_size: int) -> int:
-    """Return the optimiser steps of one epoch over the set's views."""
-    return Epochs(distilled.view_count, batch_size, 0, ()).steps
+def steps_for(distilled: DistilledSet, train: TrainConfig) -> int:
+    """Return the optimiser steps in which a student sees as many views as `train.epochs` epochs have.
+
+    Counted in views, not in passes: a pass leaves out an incomplete batch, which is a third of a control of 100 images.
+    """
+    return max(1, round(train.epochs * distilled.view_count / min(train.batch_size, distilled.view_count)))
 
 
 def evaluate(
@@ -148,7 +151,7 @@ def evaluate(
         raise StillroomError("seeds is empty; give at least one, such as 0 1 2")
     kind = distilled.manifest.label_kind
     train = config.train_for(kind)
-    steps = total_steps or train.epochs * steps_per_epoch(distilled, train.batch_size)
+    steps = total_steps or steps_for(distilled, train)
     results = []
     for seed in seeds:
         unit = f"student-{cell}-{config.network.replace(':', '-')}-{seed}"

@@ -36,19 +36,28 @@ def ensemble_logits(teachers: list[Teacher], plan: Plan) -> Callable[[Tensor], T
     return logits
 
 
-def attach_labels(distilled: DistilledSet, kind: str, teachers: list[Teacher], plan: Plan, run: Run) -> DistilledSet:
+def attach_labels(
+    distilled: DistilledSet, kind: str, teachers: list[Teacher], plan: Plan, run: Run, unit: str = "labels"
+) -> DistilledSet:
     """Return the set with labels of `kind`: "hard", "static" (logits of every view, stored) or "dynamic" (none)."""
     if kind == "static":
-        return distilled.with_labels(compute_static_labels(distilled, teachers, plan, run))
+        return distilled.with_labels(compute_static_labels(distilled, teachers, plan, run, unit))
     return distilled.with_labels(None, kind)  # type: ignore[arg-type]
 
 
-def compute_static_labels(distilled: DistilledSet, teachers: list[Teacher], plan: Plan, run: Run) -> Tensor:
+def compute_static_labels(
+    distilled: DistilledSet, teachers: list[Teacher], plan: Plan, run: Run, unit: str = "labels"
+) -> Tensor:
     """Return the teachers' mean logits on every unaugmented view, float16 [views, classes] (Equation 6).
 
     The views are what a student will read back: stored, dequantised, clipped. Raises StillroomError where a logit is
-    not finite, TimeLimitReached where the run is to stop.
+    not finite. A unit of work is one set: its labels are kept in the run and read back.
     """
+    made_by = {"teachers": [teacher.hash for teacher in teachers], "views": distilled.view_count}
+    if run.unit_done(unit):
+        made, tensors = run.load_unit(unit)
+        if made == made_by:
+            return tensors["labels"]
     logits_of = ensemble_logits(teachers, plan)
     normalization = distilled.manifest.normalization
     blocks = []
@@ -58,13 +67,13 @@ def compute_static_labels(distilled: DistilledSet, teachers: list[Teacher], plan
             logits = logits_of(apply_normalization(views, normalization.mean, normalization.std))
             blocks.append(logits.half().cpu())
             advance(len(rows))
-            run.check_time()
     labels = torch.cat(blocks)
     bad = (~labels.isfinite()).any(1).nonzero().flatten()
     if len(bad):
         raise StillroomError(
             f"static labels of {len(bad)} views are not finite, first view {bad[0]}; check the teachers"
         )
+    run.finish_unit(unit, made_by, {"labels": labels})
     return labels
 
 

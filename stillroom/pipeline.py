@@ -19,13 +19,13 @@ from stillroom.compute import Plan, resolve_plan
 from stillroom.data import RealData, load_real
 from stillroom.distilled import DistilledSet, count_bytes, load_distilled
 from stillroom.errors import StillroomError
-from stillroom.evaluate import Evaluation, evaluate, steps_per_epoch
+from stillroom.evaluate import Evaluation, evaluate, steps_for
 from stillroom.files import write_json
 from stillroom.labels import attach_labels
 from stillroom.manifest import library_versions
 from stillroom.methods import METHODS, infer
 from stillroom.networks import build_network
-from stillroom.recipes import EXPECTED, Recipe
+from stillroom.recipes import EXPECTED, RECIPES, Recipe
 from stillroom.run import Run
 from stillroom.teachers import Teacher, check_config, load_teachers
 
@@ -44,19 +44,30 @@ class Cell:
 
 def open_stages(recipe: Recipe, run: Run) -> tuple[RealData, Plan]:
     """Load the data and fix the numerical plan, refusing what cannot work before any work is spent."""
-    plan = resolve_plan(recipe.compute, run.notice)
+    resolve_plan(recipe.compute)  # a device that is not there is refused before the data is read
     real = load_real(recipe.data)
+    plan = resolve_plan(recipe.compute, run.notice, real.classes * real.image_size**2)
     if real.skipped_images:
         run.notice(f"{real.skipped_images} images of {real.name!r} could not be read and were left out")
     check_recipe(recipe, real)
     # Only now: a run directory must not be bound to settings that never worked.
     # Neither how it is computed nor how many students there are makes it another run.
-    settings = {k: v for k, v in asdict(recipe).items() if k not in ("compute", "seeds")}
-    bound = Plan(**run.bind_config(settings, plan.as_dict()))
+    bound = Plan(**run.bind_config(bound_settings(asdict(recipe), real), plan.as_dict()))
     if bound != plan:
         run.notice(f"going on with the numerical plan that the run began with: {bound}")
     bound.activate()
     return real, bound
+
+
+def bound_settings(settings: dict[str, Any], real: RealData) -> dict[str, Any]:
+    """Return what makes a run this run: the settings that decide its results, and the content of its data.
+
+    How it is computed, how many students there are, and where files lie can change between two starts.
+    """
+    settings = {k: v for k, v in settings.items() if k not in ("compute", "seeds")}
+    for stage, unbound in (("data", ("source", "root", "download", "memory_limit_gib")), ("teachers", ("cache",))):
+        settings[stage] = {k: v for k, v in settings[stage].items() if k not in unbound}
+    return settings | {"data_fingerprint": real.fingerprint}
 
 
 def check_recipe(recipe: Recipe, real: RealData) -> None:
@@ -82,12 +93,18 @@ def check_recipe(recipe: Recipe, real: RealData) -> None:
 def distill_recipe(recipe: Recipe, run: Run, real: RealData, teachers: list[Teacher], plan: Plan) -> DistilledSet:
     """Return the recipe's distilled set with labels as far as they can be stored, saved in the run's directory."""
     if run.directory is not None and run.unit_done("distilled"):
-        return load_distilled(run.directory / "distilled")
+        distilled = load_distilled(run.directory / "distilled")
+        if [t.hash for t in distilled.manifest.teachers] != [t.hash for t in teachers]:
+            raise StillroomError(
+                f"{str(run.directory / 'distilled')!r} was made with other teachers' weights; give another directory "
+                "with --out"
+            )
+        return distilled
     _, distill = METHODS[recipe.method]
     config = recipe.infer if recipe.method == "infer" else METHODS[recipe.method][0]()
     distilled = distill(real, teachers, recipe.ipc, config, recipe.distill_seed, plan, run)
     kind = next((k for k in recipe.labels if k == "static"), recipe.labels[0])
-    distilled = attach_labels(distilled, kind, teachers, plan, run)
+    distilled = attach_labels(distilled, kind, teachers, plan, run, f"labels-{recipe.method}")
     if run.directory is not None:
         manifest = distilled.save(run.directory / "distilled")
         run.finish_unit("distilled", {"files": {role: facts.sha256 for role, facts in manifest.files.items()}})
@@ -125,13 +142,20 @@ def run_recipe(recipe: Recipe, run: Run, name: str = "custom") -> dict[str, Any]
         "student": recipe.student.network,
         "bytes": _budget(distilled),
         "cells": rows,
-        "paper": EXPECTED.get(name, {}),
+        "paper": EXPECTED.get(name, {}) if is_preset(name, recipe) else {},
         "provenance": made_by,
         "settings": asdict(recipe),
     }
     if run.directory is not None:
         write_json(run.directory / "results.json", results)
     return results
+
+
+def is_preset(name: str, recipe: Recipe) -> bool:
+    """Whether `recipe` has the settings of the preset `name`, so that the paper's number may stand beside its own."""
+    preset = RECIPES.get(name)
+    stages = ("method", "ipc", "infer", "student")
+    return preset is not None and all(getattr(preset, stage) == getattr(recipe, stage) for stage in stages)
 
 
 def build_cells(
@@ -144,28 +168,27 @@ def build_cells(
     """
     method = recipe.method
     sets: dict[str, DistilledSet] = {method: distilled}
+    views = replace(distilled.manifest.views, naturals_as_views=True)  # controls are read like the method's set
     if recipe.controls:
         if method == "infer":
-            sets["naturals"] = dataclasses.replace(
-                distilled.with_labels(None), compensators=None,
-                manifest=replace(distilled.manifest, views=replace(distilled.manifest.views, naturals_as_views=True),
-                                 label_kind="hard", files={}),
-            )  # fmt: skip
+            bare = replace(distilled.manifest, views=views, label_kind="hard", files={})
+            sets["naturals"] = replace(distilled, compensators=None, soft_labels=None, manifest=bare)
         if method != "random":
             config, distill = METHODS["random"]
-            sets["random"] = distill(real, teachers, recipe.ipc, config(), recipe.distill_seed, plan, run)
+            random = distill(real, teachers, recipe.ipc, config(), recipe.distill_seed, plan, run)
+            sets["random"] = replace(random, manifest=replace(random.manifest, views=views))
     cells: list[Cell] = []
     for labels in recipe.labels:
-        own = relabel(sets[method], labels, teachers, plan, run)
+        own = relabel(sets[method], labels, teachers, plan, run, f"labels-{method}")
         train = recipe.student.train_for(labels)
-        steps = train.epochs * steps_per_epoch(own, train.batch_size)
+        steps = steps_for(own, train)
         cells.append(Cell(f"{method}-{labels}", method, labels, "own", own, None))
         controls = [("random", "hard"), ("random", labels), ("naturals", labels)]
         for name, kind in dict.fromkeys(controls):
             if name == method or name not in sets:
                 continue
-            control = relabel(sets[name], kind, teachers, plan, run)
-            epochs_steps = train.epochs * steps_per_epoch(control, train.batch_size)
+            control = relabel(sets[name], kind, teachers, plan, run, f"labels-{name}")
+            epochs_steps = steps_for(control, train)
             for budget, total in (("equal epochs", epochs_steps), ("equal steps", steps)):
                 cell, said = f"{name}-{kind}-{total}", f"{budget} ({labels})"
                 same = next((i for i, c in enumerate(cells) if c.name == cell), None)
@@ -176,11 +199,13 @@ def build_cells(
     return cells
 
 
-def relabel(distilled: DistilledSet, labels: str, teachers: list[Teacher], plan: Plan, run: Run) -> DistilledSet:
+def relabel(
+    distilled: DistilledSet, labels: str, teachers: list[Teacher], plan: Plan, run: Run, unit: str = "labels"
+) -> DistilledSet:
     """Return the set with another kind of label; stored static labels are kept, not computed again."""
     if distilled.manifest.label_kind == labels:
         return distilled
-    return attach_labels(distilled, labels, teachers, plan, run)
+    return attach_labels(distilled, labels, teachers, plan, run, unit)
 
 
 def provenance(plan: Plan) -> dict[str, Any]:

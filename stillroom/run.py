@@ -37,12 +37,13 @@ class Run:
     """One run directory, its clock, and what is shown of its progress.
 
     `directory` None keeps nothing: work is done in this process and returned (the Python API's default).
-    `time_limit` is in seconds from now: work in progress is saved and TimeLimitReached is raised before it passes.
+    `time_limit` is in seconds from now. Work is saved and TimeLimitReached raised a little earlier (5 %, at most 15 s),
+    since a step must end and a checkpoint be written in the time that is left.
     """
 
     def __init__(self, directory: Path | None = None, *, time_limit: float | None = None, show: bool = True) -> None:
         self.directory = directory
-        self.stop_at = None if time_limit is None else time.monotonic() + time_limit
+        self.stop_at = None if time_limit is None else time.monotonic() + time_limit - min(15.0, 0.05 * time_limit)
         self.show = show and sys.stderr.isatty()
         self._stop_signal: str | None = None
         self._lock: Any = None
@@ -95,7 +96,17 @@ class Run:
                 f"run directory {str(self.directory)!r} holds another configuration:\n{lines}\n"
                 "give another directory with --out, or the same settings"
             )
-        for key in ("processor", "torch_version", "seed_scheme"):
+        if stored["plan"]["seed_scheme"] != plan["seed_scheme"]:
+            raise StillroomError(
+                f"run directory {str(self.directory)!r} was begun under seed scheme {stored['plan']['seed_scheme']}, "
+                f"this version draws by scheme {plan['seed_scheme']}; give another directory with --out"
+            )
+        if stored["plan"]["device"].split(":")[0] != plan["device"].split(":")[0]:
+            raise StillroomError(
+                f"run directory {str(self.directory)!r} was begun on {stored['plan']['device']}, this run is on "
+                f"{plan['device']}; give --compute.device {stored['plan']['device']}, or another directory with --out"
+            )
+        for key in ("processor", "torch_version"):
             if stored["plan"][key] != plan[key]:
                 self.event("plan_differs", field=key, stored=stored["plan"][key], now=plan[key])
         return {**stored["plan"], "processor": plan["processor"], "torch_version": plan["torch_version"]}
@@ -119,6 +130,7 @@ class Run:
 
     def load_unit(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the finished unit's result and tensors (empty for a JSON unit)."""
+        self.checkpoint(name).remove()  # left by a process that was killed just after finishing the unit
         path = self._unit(name, ".safetensors")
         if path.exists():
             tensors, result = load_tensors(path)

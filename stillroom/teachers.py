@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from stillroom.compute import Plan
 from stillroom.data import RealData
-from stillroom.errors import StillroomError
+from stillroom.errors import StillroomError, check_choices
 from stillroom.files import load_tensors, read_json, save_tensors, write_json
 from stillroom.networks import build_network, load_pretrained_imagenet
 from stillroom.run import Checkpoint, Run
@@ -63,6 +64,9 @@ class TeachersConfig:
     checkpoints: tuple[str, ...] = ()  # NETWORK=FILE: your weights (safetensors, or a state_dict saved by torch)
     seed: int = 0
     cache: str = "~/.cache/stillroom"
+
+    def __post_init__(self) -> None:
+        check_choices(self, "teachers")
 
     @property
     def train(self) -> TrainConfig:
@@ -159,7 +163,7 @@ def cache_root(cache: str) -> Path:
 def _train_or_load(name: str, real: RealData, config: TeachersConfig, plan: Plan, run: Run) -> Teacher:
     entry = cache_entry(name, real, config, plan)
     model = build_network(name, real.classes, real.image_size, seed=config.seed)
-    with _entry_lock(entry):  # two runs that want the same teacher train it once
+    with _entry_lock(entry, run):  # two runs that want the same teacher train it once
         if not (entry / "teacher.json").exists():
             history = train_teacher(model, name, real, config, plan, run, Checkpoint(entry / "checkpoint.safetensors"))
             accuracy = {k: history[-1][k] for k in ("top1", "top5")}
@@ -325,13 +329,23 @@ def _checkpoint_files(config: TeachersConfig) -> dict[str, Path]:
 
 
 @contextlib.contextmanager
-def _entry_lock(entry: Path) -> Iterator[None]:
+def _entry_lock(entry: Path, run: Run) -> Iterator[None]:
     entry.mkdir(parents=True, exist_ok=True)
     with open(entry / ".lock", "a") as lock:
         try:
             import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX)
         except ImportError:  # Windows: two runs at once may both train it; the later result replaces the equal earlier
-            pass
+            yield
+            return
+        waited = False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not waited:
+                    run.notice(f"waiting for another process that trains teacher {entry.name}")
+                waited = True
+                run.check_time()
+                time.sleep(1)
         yield

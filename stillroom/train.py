@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stillroom import augment
 from stillroom.compute import Plan, build_generator, derive_seed
 from stillroom.data import Images
-from stillroom.errors import StillroomError
+from stillroom.errors import StillroomError, check_choices
 from stillroom.run import Checkpoint, Run
 
 EVALUATION_BATCH = 500
@@ -47,6 +47,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        check_choices(self, "train")
         for name, low in (
             ("epochs", 1),
             ("batch_size", 1),
@@ -104,7 +105,7 @@ class Epochs:
     """In what batches `count` items are visited: shuffled anew each epoch, the incomplete last batch left out.
 
     Confessed: the published scripts keep the incomplete batch. One shape for all steps compiles once, and no batch
-    statistics come from a handful of images; what one epoch leaves out the next one's shuffle brings back.
+    statistics come from a handful of images. Students are trained by steps that make up for it (`evaluate.steps_for`).
     """
 
     count: int
@@ -196,7 +197,7 @@ def fit(
                 if not math.isfinite(row["loss"]):
                     raise StillroomError(
                         f"the loss of {label} is {row['loss']} in epoch {epoch + 1}; lower the learning rate "
-                        f"(now {config.learning_rate}) or use --compute.precision float32. Finished work is kept."
+                        f"(now {config.learning_rate}) or use --compute.precision float32, with a new --out"
                     )
                 loss_sum.zero_()
                 due = measure_every_epochs and (epoch + 1) % measure_every_epochs == 0
@@ -205,7 +206,7 @@ def fit(
                     model.train()
                 history.append(row)
                 run.event("epoch", unit=label, **row)
-            if step < steps - 1 and (checkpoint.due or run.stopping):
+            if step < steps - 1 and (checkpoint.due or run.stopping) and bool(loss_sum.isfinite()):
                 saved = training_state(model, optimizer) | {"loss_sum": loss_sum}
                 checkpoint.save(saved, {"step": step + 1, "history": history})
                 if run.stopping:

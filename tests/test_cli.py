@@ -271,7 +271,7 @@ def test_a_time_limit_stops_with_3_and_the_same_command_goes_on_to_the_same_bits
     for limit in ("0s", "0", "0.3s"):
         code, _, err = tell("run", "toy", "--out", run, "--time-limit", limit, "--data.source", toy_recipe.data.source)
         assert code == 3
-        assert err == "stillroom: stopped (time limit); everything is saved, the same command goes on\n"
+        assert err == "stillroom: stopped (time limit); what a run directory keeps is saved, the same command goes on\n"
     assert not (run / "results.json").exists()
     assert tell("run", "toy", "--out", run)[0] == 0
     old, new = (json.loads((d / "results.json").read_text())["cells"] for d in (finished.directory, run))

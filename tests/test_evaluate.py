@@ -27,7 +27,7 @@ from stillroom.evaluate import (
     evaluate,
     hard_label_loss,
     soft_label_loss,
-    steps_per_epoch,
+    steps_for,
     train_student,
 )
 from stillroom.labels import attach_labels, dynamic_label_bytes, ensemble_logits
@@ -216,11 +216,11 @@ def test_controls_at_equal_steps_take_exactly_the_methods_optimiser_steps(
     control = distill_random(toy, [], 4, RandomConfig(), 0, plan, Run()).with_labels(None)
     monkeypatch.setattr(torch.optim.AdamW, "step", counted)
     own = evaluate(distilled, toy, config, (0,), plan, Run())
-    assert taken == own.steps == 2 * steps_per_epoch(distilled, 8) == 6
+    assert taken == own.steps == steps_for(distilled, PLAIN) == 6
     taken = 0
     equal = evaluate(control, toy, config, (0,), plan, Run(), total_steps=own.steps)
     assert taken == equal.steps == own.steps
-    assert steps_per_epoch(control, 8) == 2  # fewer images, so the same steps are more epochs
+    assert steps_for(control, PLAIN) == 4  # fewer images, so the same steps are more epochs
 
 
 def test_the_last_epoch_is_reported_and_the_best_stands_only_beside_it(
@@ -314,3 +314,11 @@ def test_no_seeds_are_refused_before_anything_is_trained(
 ) -> None:
     with pytest.raises(StillroomError, match="seeds is empty"):
         evaluate(distilled, toy, StudentConfig(toynet, PLAIN), (), plan, Run())
+
+
+@pytest.mark.parametrize(("images", "batch", "epochs", "steps"), [(16, 8, 2, 4), (16, 10, 10, 16), (16, 64, 3, 3)])
+def test_epochs_are_counted_in_views_so_that_an_incomplete_batch_costs_nobody(
+    toy: RealData, plan: Plan, images: int, batch: int, epochs: int, steps: int
+) -> None:
+    control = distill_random(toy, [], images // TOY_CLASSES, RandomConfig(), 0, plan, Run())
+    assert steps_for(control, replace(PLAIN, epochs=epochs, batch_size=batch)) == steps

@@ -17,7 +17,7 @@ from stillroom import run as run_module
 from stillroom.errors import StillroomError, TimeLimitReached
 from stillroom.run import Run
 
-PLAN = {"threads": 1, "processor": "abacus", "torch_version": "2", "seed_scheme": 1}
+PLAN = {"device": "cpu", "threads": 1, "processor": "abacus", "torch_version": "2", "seed_scheme": 1}
 
 
 def events(directory: Path) -> list[dict[str, object]]:

@@ -21,7 +21,7 @@ from stillroom import augment
 from stillroom.compute import Plan, build_generator
 from stillroom.data import RealData
 from stillroom.distilled import DistilledSet, quantize_compensators
-from stillroom.errors import StillroomError
+from stillroom.errors import StillroomError, check_choices
 from stillroom.manifest import ViewSettings
 from stillroom.methods.recover import Objective, Recorder, build_objective, check_has_batchnorm, cosine_rate
 from stillroom.methods.select import describe_set, draw_naturals, take_naturals
@@ -39,7 +39,9 @@ class InferConfig:
     betas: tuple[float, float] = (0.5, 0.9)
     statistics_weight: float = 1.0  # alpha of Equation 3: 1 for CIFAR, 0.01 for ImageNet (the paper gives none)
     first_layer_weight: float = 10.0  # of the first BatchNorm in the statistics loss; in the scripts, not in the paper
-    augmentation: Literal["none", "shift", "resized_crop"] = "shift"  # shift: circular, one-sided, as in the scripts
+    augmentation: Literal["none", "shift", "resized_crop", "resized_crop_shift"] = (
+        "shift"  # shift: circular, one-sided, as in the scripts
+    )
     shift_limit: int = 4  # pixels
     per_image: bool = False  # whether each image has a draw of its own; the scripts draw once per batch
     naturals_as_views: bool = True  # as in the scripts; the paper's Equation 2 has the compensated views only
@@ -48,6 +50,7 @@ class InferConfig:
     compensator_bits: Literal[16, 8] = 16
 
     def __post_init__(self) -> None:
+        check_choices(self, "infer")
         if self.steps < 1:
             raise StillroomError(f"infer.steps is {self.steps}; give 1 or more")
         if not self.learning_rate > 0:
@@ -111,10 +114,15 @@ def distill(
                 tensors = optimize_compensators(
                     teacher, chosen_naturals, packed, real, config, seed, plan, run, unit, losses
                 )
-                run.finish_unit(unit, {"teacher": teacher.name, "slots": list(packed)}, tensors)
+                run.finish_unit(unit, {"teacher": teacher.name, "hash": teacher.hash, "slots": list(packed)}, tensors)
                 run.check_time()
             else:
-                _, tensors = run.load_unit(unit)
+                made, tensors = run.load_unit(unit)
+                if made["hash"] != teacher.hash:
+                    raise StillroomError(
+                        f"the finished compensators of {teacher.name!r} were made with other weights of it "
+                        f"({made['hash'][:12]}, now {teacher.hash[:12]}); give another directory with --out"
+                    )
             parts.append(tensors["compensators"])
         rows.append(torch.cat(parts))
     compensators = torch.stack(rows) * torch.tensor(real.std).view(3, 1, 1)  # to [0, 1] pixel units
@@ -204,14 +212,14 @@ def optimize_compensators(
 def _augment(views: Tensor, config: InferConfig, generator: torch.Generator) -> Tensor:
     """Augment one slot's views [classes, 3, height, width] with draws of that slot and step alone."""
     batch, height, width = views.shape[0], views.shape[-2], views.shape[-1]
-    if config.augmentation == "shift":
+    if config.augmentation in ("resized_crop", "resized_crop_shift"):
+        boxes = augment.draw_resized_crops(generator, batch, height, width, per_image=config.per_image)
+        views = augment.apply_resized_crops(views, boxes, height)
+        views = augment.apply_flips(views, augment.draw_flips(generator, batch, per_image=config.per_image))
+    if config.augmentation in ("shift", "resized_crop_shift"):
         if config.per_image:
             return augment.apply_shifts(views, augment.draw_shifts(generator, batch, config.shift_limit))
         return augment.apply_shift(views, augment.draw_shift(generator, config.shift_limit))
-    if config.augmentation == "resized_crop":
-        boxes = augment.draw_resized_crops(generator, batch, height, width, per_image=config.per_image)
-        views = augment.apply_resized_crops(views, boxes, height)
-        return augment.apply_flips(views, augment.draw_flips(generator, batch, per_image=config.per_image))
     return views
 
 
@@ -236,6 +244,6 @@ def _check_finite(losses: Tensor, label: str, config: InferConfig) -> None:
         step, slot = bad[0].tolist()
         raise StillroomError(
             f"the loss of {label} is not finite from step {step} on (slot {slot} of this unit); check the teacher, "
-            f"lower infer.learning_rate (now {config.learning_rate}) or use --compute.precision float32. Finished "
-            "units are kept."
+            f"lower infer.learning_rate (now {config.learning_rate}) or use --compute.precision float32, "
+            "with a new --out"
         )

@@ -1,13 +1,14 @@
 """What the methods that recover pixels from a teacher's statistics share: the statistics loss and its bookkeeping.
 
-The published scripts hang a hook on every BatchNorm and reduce each input three times in float32. Here the teacher is
-rewritten once: each BatchNorm becomes the affine map that it is in eval mode and hands out its input's statistics on
-the way, so that the whole is plain tensor code that compiles and fuses.
+The published scripts hang a hook on every BatchNorm and reduce each input three times in float32. Here each BatchNorm
+is wrapped once and hands out its input's statistics on the way, in eval mode and without hooks, so that the whole is
+plain tensor code that compiles and fuses.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,11 +37,11 @@ class RecordingNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, norm: nn.BatchNorm2d, sink: LayerDistances) -> None:
+    def __init__(self, norm: nn.BatchNorm2d, sink: LayerDistances, groups: int) -> None:
         super().__init__()
         self.norm = norm
         self.sink = sink
-        self.groups = 1
+        self.groups = groups
         self.register_buffer("running_mean", _statistic(norm.running_mean))
         self.register_buffer("running_var", _statistic(norm.running_var))
 
@@ -104,8 +105,7 @@ class Recorder(nn.Module):
         self.first_layer_weight = first_layer_weight
         self.body = copy.deepcopy(teacher).eval().requires_grad_(False)
         for name, norm in batchnorm_layers(self.body):
-            recording = RecordingNorm(norm, self.sink)
-            recording.groups = groups
+            recording = RecordingNorm(norm, self.sink, groups)
             parent, _, child = name.rpartition(".")
             setattr(self.body.get_submodule(parent), child, recording)
 
@@ -131,7 +131,7 @@ def check_has_batchnorm(name: str, teacher: nn.Module) -> None:
 
 def cosine_rate(rate: float, step: int, steps: int) -> float:
     """Return the learning rate of `step` on half a cosine from `rate` to 0, changed every step."""
-    return rate * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * step / steps, dtype=torch.float64))))
+    return rate * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
