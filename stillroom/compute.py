@@ -26,8 +26,8 @@ from stillroom.errors import StillroomError, check_choices
 # Changes whenever a draw is derived differently, so that cached work of another scheme is never mistaken for ours.
 SEED_SCHEME = 1
 
-# Where compiling a training or recovery step pays for itself, in steps: measured by benchmarks/compensator_step.py
-# (compilation takes 10 to 60 seconds per network on two cores and saves 0.05 to 0.5 seconds a step).
+# Where compiling a training or recovery step pays for itself, in steps. On one AVX512-bf16 core ResNet-18's compensator
+# step compiles in 35 s and saves 0.14 s a step, MobileNetV2's in 83 to 161 s and saves 0.55 s (docs/log.md).
 COMPILE_FROM_STEPS = 300
 
 Function = TypeVar("Function", bound=Callable[..., Any])
