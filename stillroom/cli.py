@@ -132,6 +132,9 @@ def main(argv: list[str] | None = None) -> int:
     except StillroomError as error:
         print(f"stillroom: {error}", file=sys.stderr)
         return FAILED
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        sys.stderr.close()
+        return OK
     except OSError as error:
         print(f"stillroom: {error}; finished units are kept, the same command goes on", file=sys.stderr)
         return FAILED
@@ -177,7 +180,7 @@ def squeeze_command(words: list[str]) -> int:
     if command is None:
         return OK
     with _open_run(command) as run:
-        real, plan = open_stages(command.settings, run)
+        real, plan = open_stages(dataclasses.replace(command.settings, controls=False), run)
         teachers = load_teachers(real, command.settings.teachers, plan, run)
     table = Table("teacher", "top-1", "top-5", "weights", title=f"Teachers of {real.name}")
     for teacher in teachers:
@@ -193,7 +196,7 @@ def distill_command(words: list[str]) -> int:
     if command is None:
         return OK
     with _open_run(command) as run:
-        real, plan = open_stages(command.settings, run)
+        real, plan = open_stages(dataclasses.replace(command.settings, controls=False), run)
         teachers = load_teachers(real, command.settings.teachers, plan, run)
         distill_recipe(command.settings, run, real, teachers, plan)
     show_budget(_directory(command) / "distilled")
@@ -205,7 +208,8 @@ def evaluate_command(words: list[str]) -> int:
     default = None
     if words and not words[0].startswith("-"):  # the set knows the name of its dataset; a path must be given again
         manifest = load_distilled(_set_directory(Path(words[0]))).manifest
-        default = EvaluateCommand(Path(words[0]), DataConfig(source=manifest.dataset.name))
+        data = DataConfig(source=manifest.dataset.name, image_size=manifest.image_size[0])
+        default = EvaluateCommand(Path(words[0]), data)
         if manifest.teachers:
             networks = tuple(teacher.name for teacher in manifest.teachers)
             default = dataclasses.replace(default, teachers=TeachersConfig(networks=networks))
@@ -236,7 +240,7 @@ def evaluate_command(words: list[str]) -> int:
         result = evaluate(distilled, real, command.student, command.seeds, plan, run, teachers=teachers)
         if command.out is not None:
             write_json(command.out / "results.json", {"evaluation": asdict(result), "provenance": provenance(plan)})
-    table = Table("student", "labels", "steps", "top-1", "top-5", "best epoch", "label bytes", title=real.name)
+    table = Table("student", "labels", "steps", "top-1", "top-5", "best top-1", "label bytes", title=real.name)
     table.add_row(
         result.network, result.labels, f"{result.steps:,}", _spread([100 * v for v in result.top1]),
         _spread([100 * v for v in result.top5]), f"{100 * max(result.best):.1f}", f"{result.label_bytes:,}",

@@ -177,6 +177,11 @@ def _load(config: DataConfig) -> RealData:
     test_split = source.test
     if config.holdout_per_class:
         train_rows, test_rows = _hold_out(source.train.labels, config.holdout_per_class)
+        if not len(train_rows):
+            raise StillroomError(
+                f"--data.holdout-per-class {config.holdout_per_class} leaves no training image of {name}; give "
+                "fewer than its classes have."
+            )
         test_split = source.train
     elif test_split is None:
         raise StillroomError(

@@ -62,9 +62,9 @@ def open_stages(recipe: Recipe, run: Run) -> tuple[RealData, Plan]:
 def bound_settings(settings: dict[str, Any], real: RealData) -> dict[str, Any]:
     """Return what makes a run this run: the settings that decide its results, and the content of its data.
 
-    How it is computed, how many students there are, and where files lie can change between two starts.
+    How it is computed, how many students and controls there are, and where files lie can change between two starts.
     """
-    settings = {k: v for k, v in settings.items() if k not in ("compute", "seeds")}
+    settings = {k: v for k, v in settings.items() if k not in ("compute", "seeds", "controls")}
     for stage, unbound in (("data", ("source", "root", "download", "memory_limit_gib")), ("teachers", ("cache",))):
         settings[stage] = {k: v for k, v in settings[stage].items() if k not in unbound}
     return settings | {"data_fingerprint": real.fingerprint}
@@ -75,18 +75,19 @@ def check_recipe(recipe: Recipe, real: RealData) -> None:
     check_config(recipe.teachers, real)
     build_network(recipe.student.network, real.classes, real.image_size)
     models = {name: build_network(name, real.classes, real.image_size) for name in recipe.teachers.networks}
-    needed = recipe.ipc
+    needed = own = recipe.ipc
     if recipe.method == "infer":
         for name, model in models.items():
             infer.check_has_batchnorm(name, model)
-        slots = infer.slot_count(recipe.ipc, real.classes, len(models))
-        needed = recipe.ipc if recipe.controls else slots
+        own = infer.slot_count(recipe.ipc, real.classes, len(models))
+        needed = recipe.ipc if recipe.controls else own
     counts = real.train.labels.bincount(minlength=real.classes)
     if int(counts.min()) < needed:
         index = int(counts.argmin())
+        controls = ", or leave the random control out by --no-controls" if int(counts[index]) >= own else ""
         raise StillroomError(
             f"class {real.class_names[index]!r} has {int(counts[index])} training images, but ipc {recipe.ipc} "
-            f"needs {needed}; lower --ipc to {int(counts[index])} or add images"
+            f"needs {needed}; add images, lower --ipc{controls}"
         )
 
 

@@ -385,7 +385,7 @@ def test_one_class_is_refused(toy_recipe: Recipe, tell: Told, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("words", "texts"),
     [
-        (["--ipc", "25"], ("class 'red' has 24 training images", "ipc 25", "lower --ipc to 24")),
+        (["--ipc", "40"], ("class 'red' has 24 training images", "ipc 40", "needs 32", "lower --ipc")),
         (["--ipc", "1"], ("ipc 1 is too small for INFER", "smallest ipc that works is 2")),
         (["--teachers.networks", "convnet_in"], ("'convnet_in' has no BatchNorm layers", "use a network that has")),
         (["--teachers.networks", "toynet", "toynet"], ("names 'toynet' twice",)),
