@@ -414,13 +414,10 @@ def _directory(command: RecipeCommand) -> Path:
     return command.out or Path("runs") / command.recipe
 
 
-def _open_run(command: RecipeCommand) -> contextlib.AbstractContextManager[Run]:
-    @contextlib.contextmanager
-    def opened() -> Iterator[Run]:
-        with Run(_directory(command), time_limit=parse_duration(command.time_limit)) as run, run.stop_on_signals():
-            yield run
-
-    return opened()
+@contextlib.contextmanager
+def _open_run(command: RecipeCommand) -> Iterator[Run]:
+    with Run(_directory(command), time_limit=parse_duration(command.time_limit)) as run, run.stop_on_signals():
+        yield run
 
 
 def _set_directory(path: Path) -> Path:
