@@ -15,11 +15,20 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from measure import CLASSES, cosine, load_images, matmul_peak, peak_memory, summarize, time_interleaved, time_steps
+from measure import (
+    CLASSES,
+    add_options,
+    cosine,
+    load_images,
+    matmul_peak,
+    peak_memory,
+    summarize,
+    time_interleaved,
+    time_steps,
+)
 from measure import write_results as write
 from published import PublishedLoop
 from torch import Tensor, nn
@@ -225,15 +234,9 @@ def main() -> int:
     parser.add_argument("--networks", nargs="+", default=NETWORKS)
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     parser.add_argument("--classes", type=int, default=CLASSES, help="images in a batch, where --data is not given")
-    parser.add_argument("--steps", type=int, default=5, help="of a timed block")
-    parser.add_argument("--repeats", type=int, default=5, help="blocks of each loop")
     parser.add_argument("--optimise-steps", type=int, default=100, help="of the whole optimisation; 0: none")
-    parser.add_argument("--threads", type=int)
     parser.add_argument("--pack-slots", type=int, help="slots in a step; default: as runs on this device choose")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--data", help="real images: a dataset's name or folder; default: generated smooth noise")
-    parser.add_argument("--cold-compile", action="store_true", help="compile without caches, as a first run does")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    add_options(parser)
     arguments = parser.parse_args()
     torch.compiler.config.force_disable_caches = arguments.cold_compile
     real = load_images(arguments.data, arguments.classes)

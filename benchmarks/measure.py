@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import shlex
@@ -127,3 +128,14 @@ def write_results(path: Path | None, plan: Plan, settings: dict[str, Any], rows:
         record = {"provenance": provenance(plan) | command, "settings": settings, "rows": rows}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1, default=str) + "\n")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every benchmark of a step is asked for."""
+    parser.add_argument("--steps", type=int, default=5, help="of a timed block")
+    parser.add_argument("--repeats", type=int, default=5, help="blocks of each loop")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--data", help="real images: a dataset's name or folder; default: generated smooth noise")
+    parser.add_argument("--cold-compile", action="store_true", help="compile without caches, as a first run does")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
