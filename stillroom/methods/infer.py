@@ -11,11 +11,12 @@ Y^k              (Eq. 6)      static labels; see labels.py
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stillroom import augment
 from stillroom.compute import Plan, build_generator
@@ -98,33 +99,7 @@ def distill(
     chosen = draw_naturals(real, slots, seed)  # [slots, classes]
     images, labels = take_naturals(real, chosen)
     naturals = images.unflatten(0, (slots, real.classes))  # uint8 [slots, classes, 3, height, width]
-    rows = []
-    packs = [range(first, min(first + plan.pack_slots, slots)) for first in range(0, slots, plan.pack_slots)]
-    for teacher in teachers:
-        parts = []
-        # Compiled once per teacher and size of pack, and worth it by all of the teacher's steps.
-        objective_of = functools.cache(
-            functools.partial(build_losses, teacher, config=config, plan=plan, calls=config.steps * len(packs))
-        )
-        for packed in packs:
-            unit = f"compensators-{teacher.name.replace(':', '-')}-{packed.start}-{packed.stop}"
-            if not run.unit_done(unit):
-                chosen_naturals = naturals[packed.start : packed.stop]
-                losses = objective_of(len(packed))
-                tensors = optimize_compensators(
-                    teacher, chosen_naturals, packed, real, config, seed, plan, run, unit, losses
-                )
-                run.finish_unit(unit, {"teacher": teacher.name, "hash": teacher.hash, "slots": list(packed)}, tensors)
-                run.check_time()
-            else:
-                made, tensors = run.load_unit(unit)
-                if made["hash"] != teacher.hash:
-                    raise StillroomError(
-                        f"the finished compensators of {teacher.name!r} were made with other weights of it "
-                        f"({made['hash'][:12]}, now {teacher.hash[:12]}); give another directory with --out"
-                    )
-            parts.append(tensors["compensators"])
-        rows.append(torch.cat(parts))
+    rows = [recover_compensators(teacher, naturals, real, config, seed, plan, run) for teacher in teachers]
     compensators = torch.stack(rows) * torch.tensor(real.std).view(3, 1, 1)  # to [0, 1] pixel units
     manifest = describe_set(
         "infer",
@@ -140,9 +115,42 @@ def distill(
     return DistilledSet(images, labels, slot_of, stored, None, manifest)
 
 
-def build_losses(teacher: Teacher, slots: int, config: InferConfig, plan: Plan, calls: int) -> Objective:
+def recover_compensators(
+    teacher: Teacher, naturals: Tensor, real: RealData, config: InferConfig, seed: int, plan: Plan, run: Run
+) -> Tensor:
+    """Return one teacher's compensators, float32 [slots, 3, height, width] in units of the channels' deviation.
+
+    naturals: uint8 [slots, classes, 3, height, width]. Raises StillroomError where a finished unit was made with other
+    weights.
+    """
+    packs = [range(i, min(i + plan.pack_slots, len(naturals))) for i in range(0, len(naturals), plan.pack_slots)]
+
+    @functools.cache  # compiled once per size of pack, and worth it by all of the teacher's steps
+    def losses_of(slots: int) -> Objective:
+        return build_losses(teacher.model, slots, config, plan, config.steps * len(packs))
+
+    parts = []
+    for packed in packs:
+        unit = f"compensators-{teacher.name.replace(':', '-')}-{packed.start}-{packed.stop}"
+        if not run.unit_done(unit):
+            chosen, losses = naturals[packed.start : packed.stop], losses_of(len(packed))
+            tensors = optimize_compensators(teacher, chosen, packed, real, config, seed, plan, run, unit, losses)
+            run.finish_unit(unit, {"teacher": teacher.name, "hash": teacher.hash, "slots": list(packed)}, tensors)
+            run.check_time()
+        else:
+            made, tensors = run.load_unit(unit)
+            if made["hash"] != teacher.hash:
+                raise StillroomError(
+                    f"the finished compensators of {teacher.name!r} were made with other weights of it "
+                    f"({made['hash'][:12]}, now {teacher.hash[:12]}); give another directory with --out"
+                )
+        parts.append(tensors["compensators"])
+    return torch.cat(parts)
+
+
+def build_losses(model: nn.Module, slots: int, config: InferConfig, plan: Plan, calls: int) -> Objective:
     """Return Equation 3's two terms as a function of a batch of `slots` slots, compiled where `calls` repay it."""
-    recorder = Recorder(teacher.model, slots, config.first_layer_weight)
+    recorder = Recorder(model, slots, config.first_layer_weight)
     objective = build_objective(recorder, slots, config.statistics_weight)
 
     def compute_losses(views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,6 +158,57 @@ def build_losses(teacher: Teacher, slots: int, config: InferConfig, plan: Plan, 
             return objective(views, labels)
 
     return plan.compiled(compute_losses, calls)
+
+
+class Descent:
+    """Adam on the compensators of some slots at once, from zero (Algorithm 1's inner loop, Equation 3).
+
+    naturals: uint8 [slots, classes, 3, height, width]; `compensators`: float32 [slots, 3, height, width] in units of
+    the channels' standard deviation. Each slot has its own statistics, loss and draws, and the slots' losses are
+    summed: the packing changes only the rounding.
+    """
+
+    def __init__(
+        self, naturals: Tensor, real: RealData, config: InferConfig, plan: Plan, compute_losses: Objective
+    ) -> None:
+        slots, classes = naturals.shape[:2]
+        pixels = apply_normalization(naturals.flatten(0, 1).to(plan.device), real.mean, real.std)
+        self.images = pixels.unflatten(0, (slots, classes))
+        self.labels = torch.arange(classes, device=plan.device).repeat(slots)
+        self.config, self.plan, self.compute_losses = config, plan, compute_losses
+        self.compensators = torch.zeros(slots, *pixels.shape[1:], device=plan.device, requires_grad=True)
+        self.optimizer = torch.optim.Adam(
+            [self.compensators], config.learning_rate, betas=config.betas, fused=plan.device != "mps"
+        )
+
+    def losses(self, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """Return label loss and weighted statistics loss [slots], each slot's views augmented by its own generator."""
+        views = self.images + self.compensators[:, None]  # Equation 2: [slots, classes, 3, height, width]
+        batch = torch.cat([_augment(own, self.config, draws) for own, draws in zip(views, generators, strict=True)])
+        return self.compute_losses(batch.contiguous(memory_format=self.plan.memory_format), self.labels)
+
+    def step(self, step: int, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """Take step number `step` of the configured ones and return its losses, without waiting for the device."""
+        self.optimizer.param_groups[0]["lr"] = cosine_rate(self.config.learning_rate, step, self.config.steps)
+        label_loss, statistics_loss = self.losses(generators)
+        (label_loss + statistics_loss).sum().backward()  # slots do not touch each other: the sum packs them
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return label_loss.detach(), statistics_loss.detach()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what `load_state` needs to go on."""
+        moments = self.optimizer.state[self.compensators]
+        return {"compensators": self.compensators.detach(), **{k: torch.as_tensor(v) for k, v in moments.items()}}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Put a state back."""
+        with torch.no_grad():
+            self.compensators.copy_(state["compensators"])
+        moments = {name: value for name, value in state.items() if name != "compensators"}
+        self.optimizer.load_state_dict(
+            {"state": {0: moments}, "param_groups": self.optimizer.state_dict()["param_groups"]}
+        )
 
 
 def optimize_compensators(
@@ -164,49 +223,36 @@ def optimize_compensators(
     unit: str,
     compute_losses: Objective | None = None,
 ) -> dict[str, Tensor]:
-    """Optimise the compensators of the slots `packed` for one teacher (Equation 3), all in one batch.
+    """Optimise the compensators of the slots `packed` for one teacher, all in one batch.
 
     naturals: uint8 [slots, classes, 3, height, width]. Returns on the CPU "compensators" float32 [slots, 3, height,
     width] in units of the channels' standard deviation, and "losses" float32 [steps, 2, slots]: label loss, weighted
-    statistics loss. Each slot has its own statistics, loss and draws: the packing changes only the rounding.
+    statistics loss. Raises StillroomError where a loss is not finite, TimeLimitReached where the run is to stop.
     """
-    slots, classes = naturals.shape[:2]
-    images = apply_normalization(naturals.flatten(0, 1).to(plan.device), real.mean, real.std).unflatten(0, (slots, -1))
-    labels = torch.arange(classes, device=plan.device).repeat(slots)
-    compensators = torch.zeros(slots, *images.shape[2:], device=plan.device, requires_grad=True)
-    optimizer = torch.optim.Adam([compensators], config.learning_rate, betas=config.betas, fused=plan.device != "mps")
-    losses = torch.zeros(config.steps, 2, slots, device=plan.device)
+    compute_losses = compute_losses or build_losses(teacher.model, len(packed), config, plan, config.steps)
+    descent = Descent(naturals, real, config, plan, compute_losses)
+    losses = torch.zeros(config.steps, 2, len(packed), device=plan.device)
     checkpoint = run.checkpoint(unit)
     first = 0
     if stored := checkpoint.load():
-        first = _restore(stored, compensators, optimizer, losses)
-    compute_losses = compute_losses or build_losses(teacher, slots, config, plan, config.steps)
+        tensors, state = stored
+        losses.copy_(tensors.pop("losses"))
+        descent.load_state(tensors)
+        first = state["step"]
     label = f"compensators {teacher.name} {packed.start}-{packed.stop - 1}"
     with run.progress(label, config.steps, first) as advance:
         for step in range(first, config.steps):
-            optimizer.param_groups[0]["lr"] = cosine_rate(config.learning_rate, step, config.steps)
-            views = images + compensators[:, None]  # Equation 2: [slots, classes, 3, height, width]
-            views = torch.cat(
-                [
-                    _augment(views[i], config, build_generator(seed, "compensators", teacher.name, slot, step))
-                    for i, slot in enumerate(packed)
-                ]
-            )
-            label_loss, statistics_loss = compute_losses(views.contiguous(memory_format=plan.memory_format), labels)
-            (label_loss + statistics_loss).sum().backward()  # slots do not touch each other: the sum packs them
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses[step, 0], losses[step, 1] = label_loss.detach(), statistics_loss.detach()
+            generators = [build_generator(seed, "compensators", teacher.name, slot, step) for slot in packed]
+            losses[step, 0], losses[step, 1] = descent.step(step, generators)
             advance()
             if step < config.steps - 1 and (checkpoint.due or run.stopping):
                 _check_finite(losses[: step + 1], label, config)
-                state = {name: torch.as_tensor(v) for name, v in optimizer.state[compensators].items()}
-                checkpoint.save({"compensators": compensators.detach(), "losses": losses, **state}, {"step": step + 1})
+                checkpoint.save({**descent.state(), "losses": losses}, {"step": step + 1})
                 if run.stopping:
                     raise run.stop()
     _check_finite(losses, label, config)
     run.event("compensators", teacher=teacher.name, slots=list(packed), losses=losses[-1].tolist())
-    return {"compensators": compensators.detach().cpu(), "losses": losses.cpu()}
+    return {"compensators": descent.compensators.detach().cpu(), "losses": losses.cpu()}
 
 
 def _augment(views: Tensor, config: InferConfig, generator: torch.Generator) -> Tensor:
@@ -221,21 +267,6 @@ def _augment(views: Tensor, config: InferConfig, generator: torch.Generator) -> 
             return augment.apply_shifts(views, augment.draw_shifts(generator, batch, config.shift_limit))
         return augment.apply_shift(views, augment.draw_shift(generator, config.shift_limit))
     return views
-
-
-def _restore(
-    stored: tuple[dict[str, Tensor], dict[str, int]],
-    compensators: Tensor,
-    optimizer: torch.optim.Optimizer,
-    losses: Tensor,
-) -> int:
-    """Put a checkpoint back; return the step to go on with."""
-    tensors, state = stored
-    with torch.no_grad():
-        compensators.copy_(tensors.pop("compensators"))
-        losses.copy_(tensors.pop("losses"))
-    optimizer.load_state_dict({"state": {0: tensors}, "param_groups": optimizer.state_dict()["param_groups"]})
-    return state["step"]
 
 
 def _check_finite(losses: Tensor, label: str, config: InferConfig) -> None:
