@@ -208,7 +208,8 @@ def evaluate_command(words: list[str]) -> int:
     default = None
     if words and not words[0].startswith("-"):  # the set knows the name of its dataset; a path must be given again
         manifest = load_distilled(_set_directory(Path(words[0]))).manifest
-        data = DataConfig(source=manifest.dataset.name, image_size=manifest.image_size[0])
+        facts = manifest.dataset
+        data = DataConfig(source=facts.name, image_size=manifest.image_size[0], resize=facts.resize)
         default = EvaluateCommand(Path(words[0]), data)
         if manifest.teachers:
             networks = tuple(teacher.name for teacher in manifest.teachers)

@@ -119,7 +119,7 @@ class RealData:
     training split in float64 (a constant channel gets std 1). `flip`: whether a horizontal flip keeps the label.
     `raw_bytes`: training images x native channels (1 if the first is gray, else 3) x height x width, as used or, for
     arrays that were enlarged, as stored. `stored_bytes`: what the training images occupy at the source: file sizes,
-    array bytes, or the compressed bytes of a parquet column.
+    array bytes, or the compressed bytes of a parquet column. `resize`: the rule by which they were read.
     """
 
     name: str
@@ -133,6 +133,7 @@ class RealData:
     skipped_images: int
     raw_bytes: int
     stored_bytes: int
+    resize: Resize = "refuse"
 
     @property
     def classes(self) -> int:
@@ -230,6 +231,7 @@ def _load(config: DataConfig) -> RealData:
         skipped_images=selected - len(train_rows) + len(test_rows) - len(kept_test_rows),
         raw_bytes=len(train) * channels * as_stored,
         stored_bytes=source.train.images.stored_bytes(train_rows),
+        resize=config.resize,
     )
 
 

@@ -98,7 +98,11 @@ def hard_label_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def check_matches(distilled: DistilledSet, real: RealData) -> None:
-    """Raise StillroomError where the set's classes, their order, or the image size are not the real data's."""
+    """Raise StillroomError where the set's classes, their order, image size or resize rule are not the real data's.
+
+    A set of images that were not resized (or whose manifest is older than that fact) matches every rule: none changes
+    an image that has its size.
+    """
     names = distilled.manifest.class_names
     if names != real.class_names:
         if sorted(names) == sorted(real.class_names):
@@ -117,6 +121,12 @@ def check_matches(distilled: DistilledSet, real: RealData) -> None:
         raise StillroomError(
             f"the distilled set has images of {distilled.manifest.image_size} px, {real.name!r} of {real.image_size} "
             f"px; give --data.image-size {distilled.manifest.image_size[0]}"
+        )
+    resize = distilled.manifest.dataset.resize
+    if resize not in ("refuse", real.resize):
+        raise StillroomError(
+            f"the distilled set was made of images resized by {resize!r}, but {real.name!r} was read by "
+            f"{real.resize!r}; give --data.resize {resize}"
         )
 
 

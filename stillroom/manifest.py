@@ -2,7 +2,8 @@
 
 The dataclasses are the schema: their fields are exactly the keys of the file, and both directions run the same checks.
 A method that needs more (float pixels, a learned learning rate, labels stored epoch by epoch) adds a value to a
-`Literal` or, where reading does not depend on it, a key to `extra`; anything else raises SCHEMA_VERSION.
+`Literal` or, where reading does not depend on it, a key to `extra`. A key whose default suits every older set joins
+LATER_KEYS; anything else raises SCHEMA_VERSION.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ LIBRARIES = ("stillroom", "torch", "torchvision", "timm", "numpy", "pillow", "py
 
 LabelKind = Literal["hard", "static", "dynamic"]
 ViewEncoding = Literal["exact", "jpeg75"]
+Resize = Literal["refuse", "squash", "crop"]
+
+# Keys that manifests of this schema version may lack, since they came later; their defaults say what was meant.
+LATER_KEYS = ("dataset.resize",)
 
 
 def library_versions() -> dict[str, str]:
@@ -70,7 +75,8 @@ class RealFacts:
     """The real training set: what it was, and the sizes that compression ratios compare with.
 
     `fingerprint` is a hash of its content; `raw_bytes` counts uint8 pixels, `stored_bytes` its files; `flip` says
-    whether a mirrored image keeps its class.
+    whether a mirrored image keeps its class. `resize` is the rule by which its images got their size: "refuse" where
+    they had it already, or where the set is older than this fact.
     """
 
     name: str
@@ -79,6 +85,7 @@ class RealFacts:
     raw_bytes: int
     stored_bytes: int
     flip: bool
+    resize: Resize = "refuse"
 
     def __post_init__(self) -> None:
         for name in ("images", "raw_bytes", "stored_bytes"):
@@ -205,6 +212,7 @@ class Manifest:
         for name, value, kind in (
             ("label_kind", self.label_kind, LabelKind),
             ("views.view_encoding", self.views.view_encoding, ViewEncoding),
+            ("dataset.resize", self.dataset.resize, Resize),
         ):
             _require(value in get_args(kind), f"{name} {value!r} is not known." + suggest(str(value), get_args(kind)))
         for role, facts in self.files.items():
@@ -266,7 +274,8 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if isinstance(value, dict):
             hints = get_type_hints(kind)
-            missing, unknown = sorted(hints.keys() - value.keys()), sorted(value.keys() - hints.keys())
+            missing = [k for k in sorted(hints.keys() - value.keys()) if f"{where}.{k}" not in LATER_KEYS]
+            unknown = sorted(value.keys() - hints.keys())
             _require(not missing, f"{where or 'manifest'} lacks {', '.join(missing)}: it was edited or cut.")
             _require(not unknown, f"{where or 'manifest'} has an unknown key {(unknown or [''])[0]!r:.80}.")
             return kind(**{key: _parse(hints[key], item, f"{where}.{key}".strip(".")) for key, item in value.items()})

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,7 +24,9 @@ from PIL import Image
 from safetensors.numpy import load_file
 from torch.utils.data import DataLoader
 
-from stillroom import artifact, manifest
+from stillroom import artifact, cli, manifest
+from stillroom.compute import Plan
+from stillroom.data import DataConfig, RealData, load_real
 from stillroom.distilled import (
     DistilledSet,
     StoredCompensators,
@@ -35,8 +37,11 @@ from stillroom.distilled import (
     verify_distilled,
 )
 from stillroom.errors import StillroomError
+from stillroom.evaluate import check_matches
 from stillroom.files import sha256_bytes
 from stillroom.manifest import Manifest, Normalization, RealFacts, TeacherFacts, ViewSettings
+from stillroom.methods.select import RandomConfig, distill_random
+from stillroom.run import Run
 
 CLASSES = ("ant", "bee", "crow", "déjà vu")
 SLOTS, TEACHERS, HEIGHT, WIDTH = 3, 2, 8, 10
@@ -527,6 +532,7 @@ Edit = Callable[[dict[str, Any]], object]
         (lambda m: m.update(pixel_encoding="float32"), "pixel_encoding is 'float32', but must be one of 'uint8'"),
         (lambda m: m.update(label_kind="epochs"), "label_kind is 'epochs'"),
         (lambda m: m["views"].update(view_encoding="webp"), "views.view_encoding is 'webp'"),
+        (lambda m: m["dataset"].update(resize="stretch"), "dataset.resize is 'stretch'"),
         (lambda m: m.update(ipc=True), "ipc is True, but must be of type int"),
         (lambda m: m.update(ipc=0), "ipc is 0"),
         (lambda m: m.update(class_names=["ant", "ant", "b", "c"]), r"class_names holds \['ant'\] more than once"),
@@ -556,6 +562,17 @@ def test_a_manifest_that_no_save_writes_is_refused_by_key(saved: Path, tmp_path:
     with pytest.raises(StillroomError, match=words):
         load_distilled(folder)
     assert len(verify_distilled(folder)) == 1
+
+
+def test_a_manifest_from_before_resize_was_kept_is_read_as_of_images_that_were_not_resized(
+    saved: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "set")
+    obj = json.loads((folder / "manifest.json").read_bytes())
+    assert obj["dataset"].pop("resize") == "refuse"
+    (folder / "manifest.json").write_bytes(reseal(obj))
+    assert_same(load_distilled(folder), build_set())
+    assert verify_distilled(folder) == []
 
 
 JSON = st.recursive(
@@ -662,6 +679,8 @@ def test_a_recipe_that_is_not_json_is_refused_at_once() -> None:
         build_manifest(recipe={"rate": float("nan")})
     with pytest.raises(StillroomError, match=r"label_kind 'statik' is not known\. Did you mean 'static'"):
         build_manifest(label_kind="statik")
+    with pytest.raises(StillroomError, match=r"dataset\.resize 'corp' is not known\. Did you mean 'crop'"):
+        build_manifest(dataset=dataclasses.replace(build_manifest().dataset, resize="corp"))
 
 
 # ---- bytes
@@ -696,6 +715,56 @@ def test_eight_bit_compensators_with_their_scales_take_about_half_the_bytes() ->
     eight, sixteen = count_bytes(build_set(8, static=False)), count_bytes(build_set(16, static=False))
     assert eight.raw["compensators"] == sixteen.raw["compensators"] // 2 + TEACHERS * SLOTS * 3 * 4
     assert eight.raw["labels"] == eight.stored["labels"] == 0
+
+
+# ---- the rule by which real images got their size
+
+
+def write_wide_photos(root: Path) -> Path:
+    """Four classes of images of 12 x 8 pixels, whose crop, squash and left side differ."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 3, HEIGHT, 12, 3), dtype=np.uint8)
+    for split, of_split in zip(("train", "test"), pixels, strict=True):
+        for name, of_class in zip("abcd", of_split, strict=True):
+            (root / split / name).mkdir(parents=True)
+            for number, image in enumerate(of_class):
+                Image.fromarray(image).save(root / split / name / f"{number}.png")
+    return root
+
+
+def distill_photos(source: Path, resize: Any, plan: Plan) -> tuple[RealData, DistilledSet]:
+    real = load_real(DataConfig(str(source), resize=resize))
+    return real, distill_random(real, [], 2, RandomConfig(), 0, plan, Run())
+
+
+def test_a_set_of_cropped_images_is_evaluated_on_cropped_images_without_being_told(
+    tmp_path: Path, plan: Plan, toynet: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_wide_photos(tmp_path / "photos")
+    real, distilled = distill_photos(source, "crop", plan)
+    distilled.save(tmp_path / "set")
+    seen: list[RealData] = []
+    monkeypatch.setattr(cli, "load_real", lambda config: seen.append(load_real(config)) or seen[-1])
+    words = ["evaluate", tmp_path / "set", "--data.source", source, "--seeds", 0, "--student.network", toynet]
+    words += ["--student.train.epochs", 1, "--student.train.batch-size", 8, "--compute.device", "cpu"]
+    assert cli.main([*map(str, words), "--compute.compile", "off"]) == 0
+    assert seen[0].fingerprint == real.fingerprint  # of the pixels of both splits
+    assert cli.main([*map(str, words), "--data.resize", "squash"]) == 1
+
+
+@pytest.mark.parametrize(("made", "read"), [("crop", "squash"), ("squash", "crop"), ("crop", "refuse")])
+def test_real_data_read_by_another_rule_than_the_set_was_made_by_is_refused(
+    tmp_path: Path, plan: Plan, made: str, read: Any
+) -> None:
+    real, distilled = distill_photos(write_wide_photos(tmp_path), made, plan)
+    check_matches(distilled, real)
+    with pytest.raises(StillroomError, match=f"resized by '{made}', but .* by '{read}'; give --data.resize {made}"):
+        check_matches(distilled, dataclasses.replace(real, resize=read))
+
+
+def test_a_set_of_images_that_were_not_resized_suits_every_rule(toy: RealData, plan: Plan) -> None:
+    distilled = distill_random(toy, [], 2, RandomConfig(), 0, plan, Run())
+    for rule in get_args(manifest.Resize):
+        check_matches(distilled, dataclasses.replace(toy, resize=rule))
 
 
 # ---- imports

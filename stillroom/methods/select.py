@@ -70,7 +70,15 @@ def describe_set(
     return Manifest(
         method=method,
         recipe=settings,
-        dataset=RealFacts(real.name, real.fingerprint, len(real.train), real.raw_bytes, real.stored_bytes, real.flip),
+        dataset=RealFacts(
+            real.name,
+            real.fingerprint,
+            len(real.train),
+            real.raw_bytes,
+            real.stored_bytes,
+            real.flip,
+            real.resize,
+        ),
         class_names=real.class_names,
         normalization=Normalization(real.mean, real.std),
         image_size=(real.image_size, real.image_size),
