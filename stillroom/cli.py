@@ -15,38 +15,40 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
-import yaml
-from rich.console import Console
-from rich.table import Column, Table
 
 from stillroom import __version__
 from stillroom.compute import ComputeConfig, resolve_plan
 from stillroom.data import DataConfig, load_real
-from stillroom.distilled import count_bytes, load_distilled, verify_distilled
+from stillroom.distilled import load_distilled, verify_distilled
 from stillroom.errors import StillroomError, TimeLimitReached, suggest
 from stillroom.estimate import estimate_recipe
 from stillroom.evaluate import StudentConfig, check_matches, evaluate
 from stillroom.files import write_json
 from stillroom.pipeline import bound_settings, distill_recipe, open_stages, provenance, relabel, run_recipe
-from stillroom.recipes import EXPECTED, RECIPES, Recipe, find_recipe
+from stillroom.recipes import RECIPES, Recipe, find_recipe
 from stillroom.run import Run
+from stillroom.settings import parse_duration, parse_words, to_yaml
+from stillroom.tables import (
+    print_where,
+    show_budget,
+    show_cache,
+    show_estimate,
+    show_evaluation,
+    show_recipes,
+    show_results,
+    show_teachers,
+)
 from stillroom.teachers import TeachersConfig, empty_cache, list_cache, load_teachers
 
 OK, FAILED, USAGE, STOPPED = 0, 1, 2, 3
-
-# Tables keep their columns where the output is a file or a narrow window; a terminal wraps the lines instead.
-console = Console(width=max(shutil.get_terminal_size().columns, 120))
 
 
 @dataclass(frozen=True)
@@ -182,11 +184,7 @@ def squeeze_command(words: list[str]) -> int:
     with _open_run(command) as run:
         real, plan = open_stages(dataclasses.replace(command.settings, controls=False), run)
         teachers = load_teachers(real, command.settings.teachers, plan, run)
-    table = Table("teacher", "top-1", "top-5", "weights", title=f"Teachers of {real.name}")
-    for teacher in teachers:
-        top1, top5 = (f"{100 * teacher.accuracy[k]:.1f} %" for k in ("top1", "top5"))
-        table.add_row(teacher.name, top1, top5, teacher.hash[:12])
-    console.print(table)
+    show_teachers(real.name, teachers)
     return OK
 
 
@@ -214,7 +212,7 @@ def evaluate_command(words: list[str]) -> int:
         if manifest.teachers:
             networks = tuple(teacher.name for teacher in manifest.teachers)
             default = dataclasses.replace(default, teachers=TeachersConfig(networks=networks))
-    command = _parse(EvaluateCommand, "evaluate", words, default)
+    command = parse_words(EvaluateCommand, "evaluate", words, default)
     if default is None:
         raise UsageError(f"name the set's directory first: stillroom evaluate {command.distilled} ...")
     if command.time_limit is not None and command.out is None:
@@ -241,25 +239,20 @@ def evaluate_command(words: list[str]) -> int:
         result = evaluate(distilled, real, command.student, command.seeds, plan, run, teachers=teachers)
         if command.out is not None:
             write_json(command.out / "results.json", {"evaluation": asdict(result), "provenance": provenance(plan)})
-    table = Table("student", "labels", "steps", "top-1", "top-5", "best top-1", "label bytes", title=real.name)
-    table.add_row(
-        result.network, result.labels, f"{result.steps:,}", _spread([100 * v for v in result.top1]),
-        _spread([100 * v for v in result.top5]), f"{100 * max(result.best):.1f}", f"{result.label_bytes:,}",
-    )  # fmt: skip
-    console.print(table)
+    show_evaluation(real.name, result)
     return OK
 
 
 def inspect_command(words: list[str]) -> int:
     """stillroom inspect: the budget and where the picture is."""
-    command = _parse(DirectoryCommand, "inspect", words)
+    command = parse_words(DirectoryCommand, "inspect", words)
     show_budget(_set_directory(command.directory))
     return OK
 
 
 def verify_command(words: list[str]) -> int:
     """stillroom verify: every file against its checksum."""
-    command = _parse(DirectoryCommand, "verify", words)
+    command = parse_words(DirectoryCommand, "verify", words)
     folder = _set_directory(command.directory)
     problems = verify_distilled(folder)
     for problem in problems:
@@ -271,29 +264,16 @@ def verify_command(words: list[str]) -> int:
 
 def recipes_command(words: list[str]) -> int:
     """stillroom recipes: the presets and what they should reach."""
-    _parse(RecipesCommand, "recipes", words)
-    name_column = Column("recipe", no_wrap=True)  # it is there to be copied
-    table = Table(name_column, "data", "ipc", "teachers", "steps", "student", "epochs", "paper: static", "dynamic")
-    for name, recipe in RECIPES.items():
-        paper = EXPECTED.get(name, {})
-        table.add_row(
-            name, recipe.data.source, str(recipe.ipc), str(len(recipe.teachers.networks)), str(recipe.infer.steps),
-            recipe.student.network, f"{recipe.student.train.epochs} | {recipe.student.dynamic_epochs}",
-            *(f"{paper[k]:.1f}" if k in paper else "-" for k in ("static", "dynamic")),
-        )  # fmt: skip
-    console.print(table)
+    parse_words(RecipesCommand, "recipes", words)
+    show_recipes(RECIPES)
     return OK
 
 
 def clean_command(words: list[str]) -> int:
     """stillroom clean: what the teacher cache holds; --yes empties it."""
-    command = _parse(CleanCommand, "clean", words)
+    command = parse_words(CleanCommand, "clean", words)
     rows = list_cache(command.cache)
-    table = Table("teacher", "size", "what")
-    for entry, size, text in rows:
-        table.add_row(entry.name, _bytes(size), text)
-    table.add_row("together", _bytes(sum(size for _, size, _ in rows)), "")
-    console.print(table)
+    show_cache(rows)
     if command.yes:
         empty_cache(command.cache)
         print(f"deleted {len(rows)} teachers")
@@ -304,7 +284,7 @@ def clean_command(words: list[str]) -> int:
 
 def demo_command(words: list[str]) -> int:
     """stillroom demo: digits, end to end."""
-    command = _parse(DemoCommand, "demo", words)
+    command = parse_words(DemoCommand, "demo", words)
     with Run(command.out, time_limit=parse_duration(command.time_limit)) as run, run.stop_on_signals():
         results = run_recipe(find_recipe("digits"), run, "digits")
     show_results(results)
@@ -325,7 +305,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-# -- settings ------------------------------------------------------------------------------------------------------
+# -- from words to runs --------------------------------------------------------------------------------------------
 
 
 def parse_recipe(name: str, words: list[str]) -> RecipeCommand | None:
@@ -335,80 +315,16 @@ def parse_recipe(name: str, words: list[str]) -> RecipeCommand | None:
     """
     recipe = next((word for word in words[:1] if not word.startswith("-")), "small")
     default = RecipeCommand(recipe, find_recipe(recipe))
-    command = _parse(RecipeCommand, name, words, default)
+    command = parse_words(RecipeCommand, name, words, default)
     if command.recipe != recipe:
         raise UsageError(f"name the recipe first: stillroom {name} {command.recipe} ...")
     if command.print_config:
         print(to_yaml(command.settings))
         return None
     if command.dry_run:
-        show_estimate(command)
+        show_estimate(f"{command.recipe}: plan of {_directory(command)}", *estimate_recipe(command.settings))
         return None
     return command
-
-
-def _parse(kind: type[Any], name: str, words: list[str], default: Any = None) -> Any:
-    """Parse `words` by the dataclass `kind`; a YAML file named by --config is read as flags that stand before them."""
-    file = None
-    for index, word in enumerate(words):
-        if word == "--config" and index + 1 < len(words):
-            file = Path(words[index + 1])
-        elif word.startswith("--config="):
-            file = Path(word.partition("=")[2])
-    positional = words[:1] if words and not words[0].startswith("-") else []
-    if file is not None:
-        words = positional + yaml_to_flags(file) + words[len(positional) :]
-    options = {} if default is None else {"default": default}
-    return tyro.cli(kind, prog=f"stillroom {name}", args=words, **options)
-
-
-def yaml_to_flags(path: Path) -> list[str]:
-    """Return a YAML file of nested settings as command-line flags, so that both obey the same types and checks."""
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise StillroomError(f"--config {str(path)!r} cannot be read as YAML: {error}") from error
-    if settings is None:
-        return []
-    if not isinstance(settings, dict):
-        raise StillroomError(
-            f"--config {str(path)!r} holds {type(settings).__name__}, not settings; see --print-config"
-        )
-    return list(_flags(settings, ""))
-
-
-def _flags(settings: dict[Any, Any], prefix: str) -> Iterator[str]:
-    for key, value in settings.items():
-        flag = f"{prefix}{key}".replace("_", "-")
-        if isinstance(value, dict):
-            yield from _flags(value, f"{flag}.")
-        elif isinstance(value, bool):
-            group, dot, leaf = flag.rpartition(".")
-            yield f"--{flag}" if value else f"--{group}{dot}no-{leaf}"
-        elif isinstance(value, list):
-            yield from (f"--{flag}", *map(str, value))
-        else:
-            yield from (f"--{flag}", str(value))
-
-
-def to_yaml(settings: Any, without: tuple[str, ...] = ()) -> str:
-    """Return a dataclass of settings as YAML that --config reads back."""
-    plain = json.loads(json.dumps(asdict(settings), default=str))
-    return yaml.safe_dump({k: v for k, v in plain.items() if k not in without}, sort_keys=False).rstrip()
-
-
-def parse_duration(text: str | None) -> float | None:
-    """Return seconds: "90", "90s", "9m", "1.5h" or "1h30m". Raises StillroomError for anything else."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", text.strip())
-    try:
-        if match is None or not any(match.groups()):
-            raise ValueError
-        hours, minutes, seconds = (float(part or 0) for part in match.groups())
-    except ValueError:
-        raise StillroomError(f"--time-limit is {text!r}; give a time such as 90s, 9m, 1.5h or 1h30m") from None
-    return 3600 * hours + 60 * minutes + seconds
 
 
 def _directory(command: RecipeCommand) -> Path:
@@ -424,103 +340,6 @@ def _open_run(command: RecipeCommand) -> Iterator[Run]:
 def _set_directory(path: Path) -> Path:
     """Return the distilled set's own folder, whether that or its run's directory was given."""
     return path / "distilled" if (path / "distilled" / "manifest.json").exists() else path
-
-
-# -- tables --------------------------------------------------------------------------------------------------------
-
-
-def show_results(results: dict[str, Any]) -> None:
-    """Print the run's table: the method, its controls, and where a control is not beaten."""
-    data, paper = results["dataset"], results["paper"]
-    title = f"{data['name']}, {results['ipc']} images per class, student {results['student']}"
-    table = Table("set", "labels", "budget", "steps", "top-1", "top-5", "best", "paper", title=title)
-    method = {c["labels"]: c for c in results["cells"] if c["budget"] == "own"}
-    for cell in results["cells"]:
-        expected = paper.get(cell["labels"]) if cell["budget"] == "own" else None
-        table.add_row(
-            cell["set"], cell["labels"], cell["budget"], f"{cell['steps']:,}", _spread(cell["top1"]),
-            _spread(cell["top5"]), f"{max(cell['best']):.1f}", "-" if expected is None else f"{expected:.1f}",
-            style="bold" if cell["budget"] == "own" else None,
-        )  # fmt: skip
-    console.print(table)
-    teachers = ", ".join(f"{name} {accuracy['top1']:.1f}" for name, accuracy in results["teachers"].items())
-    print(f"teachers, top-1: {teachers}; {len(results['seeds'])} seeds, last epoch, mean ± std")
-    for labels, own in method.items():
-        ahead = [
-            c for c in results["cells"]
-            if c["budget"] != "own" and f"({labels})" in c["budget"] and c["mean"] >= own["mean"]
-        ]  # fmt: skip
-        for c in ahead:
-            print(
-                f"not beaten: {c['set']} with {c['labels']} labels, {c['budget']}, reaches "
-                f"{c['mean']:.1f}, {own['set']} with {labels} labels {own['mean']:.1f}"
-            )
-
-
-def show_budget(folder: Path) -> None:
-    """Print what a distilled set holds and costs."""
-    distilled = load_distilled(folder)
-    manifest, budget = distilled.manifest, count_bytes(distilled)
-    table = Table(
-        "part", "entries", "raw", "stored", title=f"{manifest.method} of {manifest.dataset.name}, ipc {manifest.ipc}"
-    )
-    for role, facts in manifest.files.items():
-        table.add_row(
-            role, f"{facts.entries:,}" if facts.entries else "-", _bytes(facts.raw_bytes), _bytes(facts.bytes)
-        )
-    real = manifest.dataset
-    table.add_row("real training set", f"{real.images:,}", _bytes(real.raw_bytes), _bytes(real.stored_bytes))
-    console.print(table)
-    print(
-        f"compression: {100 * budget.raw_ratio:.2f} % by raw bytes, {100 * budget.stored_ratio:.2f} % by stored bytes, "
-        f"{100 * budget.paper_ratio:.2f} % by the paper's convention"
-    )
-    print(f"classes: {', '.join(manifest.class_names[:10])}{', ...' if len(manifest.class_names) > 10 else ''}")
-    if manifest.teachers:
-        print("teachers: " + ", ".join(f"{t.name} {t.accuracy:.1f} %" for t in manifest.teachers))
-    print(f"labels: {manifest.label_kind}; views: {distilled.view_count:,}; picture: {folder / 'contact_sheet.png'}")
-
-
-def show_estimate(command: RecipeCommand) -> None:
-    """Print the plan of a run with an estimate of time, memory and bytes, from steps timed on this machine."""
-    stages, notes = estimate_recipe(command.settings)
-    table = Table(
-        "stage", "work", "time", "memory", "bytes kept", title=f"{command.recipe}: plan of {_directory(command)}"
-    )
-    for stage in stages:
-        table.add_row(stage.name, stage.work, _time(stage.seconds), _bytes(stage.memory), _bytes(stage.kept))
-    table.add_row("together", "", _time(sum(s.seconds for s in stages)), "", _bytes(sum(s.kept for s in stages)))
-    console.print(table)
-    for note in notes:
-        print(note)
-
-
-def print_where(directory: Path) -> None:
-    """Say where the results lie."""
-    print(f"distilled set: {directory / 'distilled'}  (picture: {directory / 'distilled' / 'contact_sheet.png'})")
-    print(f"results: {directory / 'results.json'}, events: {directory / 'events.jsonl'}")
-
-
-def _spread(values: list[float]) -> str:
-    mean = sum(values) / len(values)
-    std = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else 0.0
-    return f"{mean:.1f} ± {std:.1f}"
-
-
-def _bytes(count: float) -> str:
-    if not count:
-        return "-"
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def _time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 if __name__ == "__main__":

@@ -20,15 +20,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import TOY_COLOURS, Finished, draw_toy_colours, write_toy_npz
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from stillroom import cli
-from stillroom.cli import parse_duration
 from stillroom.distilled import load_distilled
-from stillroom.errors import StillroomError
 from stillroom.recipes import RECIPES, Recipe
+from stillroom.settings import to_yaml
 
 Told = Callable[..., tuple[int, str, str]]
 
@@ -92,16 +89,6 @@ def test_a_run_ends_with_its_table_and_where_things_lie(finished: Finished) -> N
     for path in ("distilled", "distilled/contact_sheet.png", "results.json", "events.jsonl"):
         assert str(finished.directory / path) in finished.out
         assert (finished.directory / path).exists()
-
-
-def test_the_table_says_where_a_control_is_not_beaten(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
-    results = json.loads((finished.directory / "results.json").read_text())
-    for own, control in ((50.0, 60.0), (60.0, 50.0)):
-        for cell in results["cells"]:
-            cell["mean"] = own if cell["budget"] == "own" else control
-        cli.show_results(results)
-        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not beaten: ")]
-        assert len(lines) == (12 if control > own else 0)
 
 
 def test_inspect_shows_the_budget_and_verify_that_the_set_is_whole(finished: Finished, tell: Told) -> None:
@@ -177,7 +164,7 @@ def test_printed_settings_are_read_back_as_the_same_settings(toy_recipe: Recipe,
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_survives_its_way_through_a_file(name: str, tell: Told, tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text(cli.to_yaml(RECIPES[name]))
+    (tmp_path / "mine.yaml").write_text(to_yaml(RECIPES[name]))
     code, printed, _ = tell("run", "small", "--config", tmp_path / "mine.yaml", "--print-config")
     assert code == 0
     assert yaml.safe_load(printed) == json.loads(json.dumps(asdict(RECIPES[name])))
@@ -238,27 +225,6 @@ def test_help_and_version_leave_with_0_and_nothing_without_a_command_with_2(tell
     if words[0] in ("--help", "-h"):
         assert all(re.search(rf"\b{name}\b", out) for name in cli.COMMANDS)
     assert tell()[0] == 2
-
-
-@given(st.integers(0, 99), st.integers(0, 59), st.integers(0, 59))
-def test_durations_are_read_as_people_write_them(hours: int, minutes: int, seconds: int) -> None:
-    expected = 3600 * hours + 60 * minutes + seconds
-    assert parse_duration(f"{hours}h{minutes}m{seconds}s") == expected
-    assert parse_duration(f"{hours}h{minutes}m{seconds}") == expected
-    assert parse_duration(f"{hours}h") == 3600 * hours
-    assert parse_duration(f" {minutes}m ") == 60 * minutes
-    assert parse_duration(f"{minutes}.5m") == 60 * minutes + 30
-    assert parse_duration(f"{seconds}") == parse_duration(f"{seconds}s") == seconds
-
-
-@given(st.text(max_size=6))
-def test_other_durations_are_refused_in_words(text: str) -> None:
-    if re.fullmatch(r"\s*(\d+h)?(\d+m)?(\d+s?)?\s*", text) and text.strip():
-        assert (parse_duration(text) or 0) >= 0
-    elif "." not in text:
-        with pytest.raises(StillroomError, match="give a time such as 90s"):
-            parse_duration(text)
-    assert parse_duration(None) is None
 
 
 # -- stopping and going on ---------------------------------------------------------------------------------------------

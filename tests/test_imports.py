@@ -24,6 +24,7 @@ LAYERS = (
     ("methods", "recipes"),
     ("pipeline",),
     ("estimate", "api"),
+    ("settings", "tables"),
     ("cli",),
     ("",),  # stillroom/__init__.py: imports nothing until it is asked
 )
