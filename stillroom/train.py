@@ -7,6 +7,7 @@ uninterrupted one would have drawn. Nothing inside the loop waits for the device
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -145,7 +146,9 @@ def fit(
     measure: Callable[[nn.Module], dict[str, float]] | None = None,
     measure_every_epochs: int = 0,
 ) -> list[dict[str, float]]:
-    """Train `model` in place and return one row per epoch: loss, learning rate, and what `measure` returned.
+    """Train `model` in place and return one row per epoch: loss, learning rate, seconds, and what `measure` returned.
+
+    The seconds are those of training since its first step, in whatever processes.
 
     `draw_batch(rows, generator)` returns normalised images float32 [batch, 3, h, w] and targets on the plan's device;
     `loss_function(logits float32, targets)` returns a scalar. `total_steps` overrides the number of epochs.
@@ -159,11 +162,13 @@ def fit(
     optimizer = build_optimizer(model, config)
     history: list[dict[str, float]] = []
     first = 0
+    begun = time.monotonic()
     loss_sum = torch.zeros((), device=plan.device)
     if stored := checkpoint.load():
         tensors, state = stored
         load_training_state(model, optimizer, tensors)
         first, history, loss_sum = state["step"], state["history"], tensors["loss_sum"].to(plan.device)
+        begun -= state["seconds"]
 
     def compute_loss(images: Tensor, targets: Tensor) -> Tensor:
         with plan.autocast():
@@ -200,6 +205,7 @@ def fit(
                         f"(now {config.learning_rate}) or use --compute.precision float32, with a new --out"
                     )
                 loss_sum.zero_()
+                row["seconds"] = round(time.monotonic() - begun, 2)
                 due = measure_every_epochs and (epoch + 1) % measure_every_epochs == 0
                 if measure is not None and (due or step == steps - 1):
                     row |= measure(model)
@@ -208,7 +214,8 @@ def fit(
                 run.event("epoch", unit=label, **row)
             if step < steps - 1 and (checkpoint.due or run.stopping) and bool(loss_sum.isfinite()):
                 saved = training_state(model, optimizer) | {"loss_sum": loss_sum}
-                checkpoint.save(saved, {"step": step + 1, "history": history})
+                so_far = {"step": step + 1, "history": history, "seconds": time.monotonic() - begun}
+                checkpoint.save(saved, so_far)
                 if run.stopping:
                     raise run.stop()
     return history
