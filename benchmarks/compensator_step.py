@@ -2,14 +2,16 @@
 
     python benchmarks/compensator_step.py --out docs/results/benchmark_compensator_step.json
 
-Teachers have random weights and the running statistics of a few passes over images: the work of a step does not depend
-on what a teacher knows. Exit code 1 where the two do not agree: gradients of cosine below 0.99, or statistics losses
-more than 1 % apart after a whole optimisation.
+What runs is `infer.Descent`, the very step of a distillation. The work of a step does not depend on what a teacher
+knows, but agreement does: --teacher-steps trains it briefly, else its weights are random and its running statistics
+those of a few passes over images. Exit code 1 where the two do not agree: gradients of cosine below 0.99 at the start,
+or statistics losses more than 1 % apart after a whole optimisation.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import statistics
 import sys
@@ -37,9 +39,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from stillroom import augment
 from stillroom.compute import ComputeConfig, Plan, build_generator, resolve_plan
 from stillroom.data import RealData
-from stillroom.methods.infer import InferConfig
-from stillroom.methods.recover import Recorder, build_objective, cosine_rate
+from stillroom.methods.infer import Descent, InferConfig, build_losses
 from stillroom.networks import build_network
+from stillroom.run import Run
+from stillroom.teachers import FAST, TeachersConfig, train_teacher
 from stillroom.train import apply_normalization
 
 NETWORKS = ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2")
@@ -47,63 +50,56 @@ VARIANTS = ("bfloat16-compiled", "float32-compiled", "bfloat16-eager", "float32-
 LEAST_COSINE, MOST_APART = 0.99, 0.01
 
 
-def build_teacher(name: str, real: RealData, passes: int = 20) -> nn.Module:
-    """Return a network of random weights whose BatchNorms hold the statistics of `passes` batches of images."""
+def build_teacher(name: str, real: RealData, plan: Plan, train_steps: int, passes: int = 20) -> nn.Module:
+    """Return a network trained for `train_steps` steps, or of random weights with statistics of `passes` batches."""
     model = build_network(name, real.classes, real.image_size)
-    rows = torch.randperm(len(real.train), generator=build_generator(0, "benchmark"))[: 64 * passes]
-    with torch.no_grad():
-        for batch in itertools.islice(itertools.cycle(rows.split(64)), passes):
-            model.train()(apply_normalization(real.train.batch(batch), real.mean, real.std))
+    if train_steps:
+        epochs = max(1, round(train_steps * FAST.batch_size / len(real.train)))
+        config, run = TeachersConfig((name,), recipe="fast", epochs=epochs), Run()
+        train_teacher(model, name, real, config, plan, run, run.checkpoint("teacher"))
+        model = model.cpu()
+    else:
+        rows = torch.randperm(len(real.train), generator=build_generator(0, "benchmark"))[: 64 * passes]
+        with torch.no_grad():
+            for batch in itertools.islice(itertools.cycle(rows.split(64)), passes):
+                model.train()(apply_normalization(real.train.batch(batch), real.mean, real.std))
     return model.eval().requires_grad_(False)
 
 
-def draw_shifts(path: str) -> Callable[[], tuple[int, int]]:
-    """Return a function that draws one shift after another, the same ones for the same `path`."""
+Draw = Callable[[], torch.Generator]
+
+
+def draws(path: str) -> Draw:
+    """Return a function that gives one generator after another, the same ones for the same `path`."""
     counter = itertools.count()
-    return lambda: augment.draw_shift(build_generator(0, path, next(counter)), 4)
+    return lambda: build_generator(0, path, next(counter))
+
+
+def draw_shift(generator: torch.Generator) -> tuple[int, int]:
+    return augment.draw_shift(generator, InferConfig().shift_limit)
 
 
 class OurLoop:
-    """The same optimisation as `infer.optimize_compensators` runs it: `plan.pack_slots` slots in one batch."""
+    """`infer.Descent` on `plan.pack_slots` slots of the same images, begun anew for every optimisation."""
 
-    def __init__(self, teacher: nn.Module, images: Tensor, labels: Tensor, plan: Plan, compiled: bool) -> None:
-        slots = plan.pack_slots
-        config = InferConfig()
-        self.plan, self.slots, self.config = plan, slots, config
-        self.images, self.labels = images, labels.repeat(slots)
-        recorder = Recorder(plan.place(teacher), slots, config.first_layer_weight)
-        objective = build_objective(recorder, slots, config.statistics_weight)
+    def __init__(self, teacher: nn.Module, naturals: Tensor, real: RealData, plan: Plan) -> None:
+        self.plan, self.slots, self.real = plan, plan.pack_slots, real
+        self.naturals = naturals.expand(self.slots, *naturals.shape)
+        plan.activate()
+        model = plan.place(copy.deepcopy(teacher))
+        self.compute_losses = build_losses(model, self.slots, InferConfig(), plan, InferConfig().steps)
+        self.begin(InferConfig().steps)
 
-        def compute_losses(views: Tensor) -> tuple[Tensor, Tensor]:
-            with plan.autocast():
-                return objective(views, self.labels)
-
-        self.compute_losses = torch.compile(compute_losses, dynamic=False) if compiled else compute_losses
-        self.reset(config.steps)
-
-    def reset(self, steps: int) -> None:
+    def begin(self, steps: int) -> None:
         """Begin an optimisation of `steps` steps from zero."""
-        shape = (self.slots, *self.images.shape[1:])
-        self.compensators = torch.zeros(shape, device=self.plan.device, requires_grad=True)
-        self.optimizer = torch.optim.Adam([self.compensators], 0.25, betas=self.config.betas, fused=True)
-        self.taken, self.steps = 0, steps
+        self.config, self.taken = InferConfig(steps=steps), 0
+        self.descent = Descent(self.naturals, self.real, self.config, self.plan, self.compute_losses)
 
-    def losses(self, shifts: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Return label loss and weighted statistics loss, [slots] both."""
-        views = torch.cat(
-            [augment.apply_shift(self.images + u, s) for u, s in zip(self.compensators, shifts, strict=True)]
-        )
-        return self.compute_losses(views.contiguous(memory_format=self.plan.memory_format))
-
-    def step(self, draw_shift: Callable[[], tuple[int, int]]) -> Tensor:
+    def step(self, generators: list[torch.Generator]) -> Tensor:
         """Take one step and return the statistics losses [slots], without waiting for the device."""
-        self.optimizer.param_groups[0]["lr"] = cosine_rate(0.25, self.taken % self.steps, self.steps)
-        label_loss, statistics_loss = self.losses([draw_shift() for _ in range(self.slots)])
-        (label_loss + statistics_loss).sum().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        _, statistics_loss = self.descent.step(self.taken % self.config.steps, generators)
         self.taken += 1
-        return statistics_loss.detach()
+        return statistics_loss
 
 
 def build_plan(arguments: argparse.Namespace, variant: str) -> Plan:
@@ -120,49 +116,60 @@ def build_plan(arguments: argparse.Namespace, variant: str) -> Plan:
     )
 
 
-def gradient(loop: PublishedLoop | OurLoop, compensator: Tensor, slots: int | None) -> Tensor:
-    label_loss, statistics_loss = loop.losses((1, 2) if slots is None else [(1, 2)] * slots)  # type: ignore[arg-type]
-    (found,) = torch.autograd.grad((label_loss + statistics_loss).sum(), compensator)
+def first_gradient(losses: tuple[Tensor, Tensor], compensators: Tensor) -> Tensor:
+    (found,) = torch.autograd.grad((losses[0] + losses[1]).sum(), compensators)
     return found[0]
 
 
 def measure_network(name: str, real: RealData, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Return one row for the published loop and one for each variant of ours."""
-    teacher = build_teacher(name, real)
-    first = torch.stack([(real.train.labels == label).nonzero()[0, 0] for label in range(real.classes)])
     plans = {variant: build_plan(arguments, variant) for variant in arguments.variants}
     plan = next(iter(plans.values()))
     plan.activate()
-    images = apply_normalization(real.train.batch(first), real.mean, real.std).to(plan.device)
+    teacher = build_teacher(name, real, plan, arguments.teacher_steps)
+    first = torch.stack([(real.train.labels == label).nonzero()[0, 0] for label in range(real.classes)])
+    naturals = real.train.batch(first)
+    images = apply_normalization(naturals, real.mean, real.std).to(plan.device)
     labels = torch.arange(real.classes, device=plan.device)
     optimise_steps = max(arguments.optimise_steps, 1)
+
+    def one() -> torch.Generator:
+        return build_generator(0, "one")
+
+    exact = ComputeConfig(device=arguments.device, precision="float32", compile="off", threads=arguments.threads)
+    resolve_plan(exact).activate()
     published = PublishedLoop(teacher.to(plan.device), images, labels, optimise_steps)
-    reference = gradient(published, published.compensator, None)
+    reference = first_gradient(published.losses(draw_shift(one())), published.compensator)
     with FlopCounterMode(display=False) as counter:
-        gradient(published, published.compensator, None)
+        first_gradient(published.losses(draw_shift(one())), published.compensator)
     gflop = counter.get_total_flops() / 1e9
-    ours: dict[str, OurLoop] = {}
-    rows: dict[str, dict[str, Any]] = {"published": {"memory_mib": peak_memory(lambda: published.step(lambda: (1, 2)))}}
-    for variant, its_plan in plans.items():
-        its_plan.activate()
-        compiled = its_plan.compile == "on"
-        loop = ours[variant] = OurLoop(teacher, images, labels, its_plan, compiled)
+    # All are built before any is compiled: building one forgets what was compiled.
+    ours = {variant: OurLoop(teacher, naturals, real, its_plan) for variant, its_plan in plans.items()}
+    rows: dict[str, dict[str, Any]] = {
+        "published": {"memory_mib": peak_memory(lambda: published.step(lambda: draw_shift(one())))}
+    }
+    for variant, loop in ours.items():
+        loop.plan.activate()
+        generators = [one() for _ in range(loop.slots)]
         begun = time.perf_counter()
-        found = gradient(loop, loop.compensators, loop.slots)
-        seconds = time.perf_counter() - begun if compiled else None
+        found = first_gradient(loop.descent.losses(generators), loop.descent.compensators)
+        seconds = time.perf_counter() - begun if loop.plan.compile == "on" else None
         rows[variant] = {"gradient_cosine": cosine(found, reference), "compile_seconds": seconds}
-        draw = draw_shifts("memory")
-        rows[variant]["memory_mib"] = peak_memory(lambda loop=loop, draw=draw: loop.step(draw))  # type: ignore[misc]
+        rows[variant]["memory_mib"] = peak_memory(lambda loop=loop, drawn=generators: loop.step(drawn))  # type: ignore[misc]
 
     published = PublishedLoop(teacher, images, labels, optimise_steps)
-    draw = draw_shifts("time")
-    steps: dict[str, Callable[[], object]] = {"published": lambda: published.step(draw)}
+    draw = draws("time")
+    steps: dict[str, Callable[[], object]] = {"published": lambda: published.step(lambda: draw_shift(draw()))}
     for variant, loop in ours.items():
-        steps[variant] = lambda loop=loop: loop.step(draw)  # type: ignore[misc]
-    for step in steps.values():
+        steps[variant] = lambda loop=loop: loop.step([draw() for _ in range(loop.slots)])  # type: ignore[misc]
+    plan_of = {"published": resolve_plan(exact), **plans}
+    for label, step in steps.items():
+        plan_of[label].activate()
         time_steps(step, 1)  # the first step of each allocates
-    times = time_interleaved(steps, arguments.steps, arguments.repeats)
-    final = final_losses(teacher, images, labels, ours, arguments.optimise_steps)
+    times = time_interleaved(
+        steps, arguments.steps, arguments.repeats, before={label: p.activate for label, p in plan_of.items()}
+    )
+    final = final_losses(teacher, images, labels, ours, plan_of, arguments.optimise_steps)
 
     baseline = statistics.median(times["published"])
     for label, row in rows.items():
@@ -202,7 +209,12 @@ def per_slot_median(times: dict[str, list[float]], ours: dict[str, OurLoop], var
 
 
 def final_losses(
-    teacher: nn.Module, images: Tensor, labels: Tensor, ours: dict[str, OurLoop], steps: int
+    teacher: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    ours: dict[str, OurLoop],
+    plan_of: dict[str, Plan],
+    steps: int,
 ) -> dict[str, float]:
     """Return each loop's statistics loss after a whole optimisation of `steps` steps with the same shifts.
 
@@ -211,15 +223,15 @@ def final_losses(
     if steps == 0:
         return {}
     last = max(1, steps // 10)
-    published = PublishedLoop(teacher, images, labels, steps)
-    draw = draw_shifts("whole")
-    losses = [published.step(draw) for _ in range(steps)]
+    plan_of["published"].activate()
+    published, draw = PublishedLoop(teacher, images, labels, steps), draws("whole")
+    losses = [published.step(lambda: draw_shift(draw())) for _ in range(steps)]
     final = {"published": statistics.mean(losses[-last:])}
     for variant, loop in ours.items():
-        loop.reset(steps)
-        shifts = [draw_shift() for draw_shift in [draw_shifts("whole")] for _ in range(steps)]
+        loop.plan.activate()
+        loop.begin(steps)
         # every slot is shifted alike, so that each is the published optimisation
-        found = [loop.step(lambda shift=shift: shift)[0] for shift in shifts]  # type: ignore[misc]
+        found = [loop.step([build_generator(0, "whole", step) for _ in range(loop.slots)])[0] for step in range(steps)]
         final[variant] = statistics.mean(loss.item() for loss in found[-last:])
     return final
 
@@ -235,6 +247,7 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     parser.add_argument("--classes", type=int, default=CLASSES, help="images in a batch, where --data is not given")
     parser.add_argument("--optimise-steps", type=int, default=100, help="of the whole optimisation; 0: none")
+    parser.add_argument("--teacher-steps", type=int, default=0, help="train the teacher first; 0: random weights")
     parser.add_argument("--pack-slots", type=int, help="slots in a step; default: as runs on this device choose")
     add_options(parser)
     arguments = parser.parse_args()

@@ -56,14 +56,17 @@ def time_steps(step: Callable[[], object], steps: int) -> float:
     return (time.perf_counter() - begun) * 1000 / steps
 
 
-def time_interleaved(steps_of: dict[str, Callable[[], object]], steps: int, repeats: int) -> dict[str, list[float]]:
+def time_interleaved(
+    steps_of: dict[str, Callable[[], object]], steps: int, repeats: int, before: dict[str, Callable[[], None]]
+) -> dict[str, list[float]]:
     """Return, per name, `repeats` times of a block of `steps` calls: all names in turn, again and again.
 
-    What else the machine does then slows all of them alike.
+    What else the machine does then slows all of them alike. `before[name]`, untimed, sets what the block runs under.
     """
     times: dict[str, list[float]] = {name: [] for name in steps_of}
     for _ in range(repeats):
         for name, step in steps_of.items():
+            before[name]()
             times[name].append(time_steps(step, steps))
     return times
 

@@ -160,10 +160,13 @@ def measure_network(name: str, real: RealData, arguments: argparse.Namespace) ->
         seconds = time.perf_counter() - begun if its_plan.compile == "on" else None
         facts[variant] = {"gradient_cosine": cosine(found, reference), "compile_seconds": seconds}
         steps[variant] = step
+    exact = ComputeConfig(device=arguments.device, precision="float32", compile="off", threads=arguments.threads)
+    before = {"common": resolve_plan(exact).activate} | {variant: p.activate for variant, p in plans.items()}
     for label, step in steps.items():
+        before[label]()
         time_steps(step, 1)  # the optimiser's state comes with the first step
         facts[label]["memory_mib"] = None if (held := peak_memory(step)) is None else held / 2**20
-    times = time_interleaved(steps, arguments.steps, arguments.repeats)
+    times = time_interleaved(steps, arguments.steps, arguments.repeats, before)
     baseline = statistics.median(times["common"])
     rows = []
     for label, its_times in times.items():
