@@ -24,7 +24,7 @@ from stillroom.errors import StillroomError, TimeLimitReached
 from stillroom.methods import infer
 from stillroom.methods.select import RandomConfig, distill_random
 from stillroom.networks import build_network
-from stillroom.pipeline import build_cells, check_recipe, run_recipe
+from stillroom.pipeline import build_cells, run_recipe
 from stillroom.recipes import EXPECTED, RECIPES, Recipe, find_recipe, smoke
 from stillroom.run import Run
 from stillroom.teachers import Teacher
@@ -216,17 +216,17 @@ def test_every_recipe_names_networks_that_exist_and_has_a_tiny_twin(name: str) -
             build_network(network, 10, 32)
 
 
-def test_the_tiny_twin_of_the_paper_s_recipe_runs_on_other_data(
-    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    npz = write_toy_npz(tmp_path / "toy.npz")
-    toy_recipe = build_toy_recipe(npz)
-    twin = smoke(find_recipe("infer-cifar100-ipc10"))
-    twin = replace(twin, data=toy_recipe.data, compute=toy_recipe.compute, controls=False, ipc=3)
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_s_tiny_twin_runs_on_other_data(tmp_path: Path, name: str) -> None:
+    toy_recipe = build_toy_recipe(write_toy_npz(tmp_path / "toy.npz"))
+    twin = smoke(find_recipe(name))
+    shift = min(twin.infer.shift_limit, 4)  # ImageNet's 32 pixels are more than a toy image has
+    infer_config = replace(twin.infer, shift_limit=shift)
+    twin = replace(twin, data=toy_recipe.data, compute=toy_recipe.compute, infer=infer_config, controls=False, ipc=3)
     longer = replace(twin.teachers, epochs=8, batch_size=16, learning_rate=0.05)
     results = run_recipe(replace(twin, teachers=longer), Run())
-    assert [c["labels"] for c in results["cells"]] == ["static", "dynamic"]
-    assert check_recipe(twin, load_real(twin.data)) is None
+    assert [c["labels"] for c in results["cells"]] == list(twin.labels)
+    assert all(0 <= accuracy <= 100 for cell in results["cells"] for accuracy in cell["top1"])
 
 
 @pytest.mark.parametrize(
