@@ -153,7 +153,7 @@ class RealData:
             elif isinstance(images, LazyImages):
                 digest.update(json.dumps([images.size, images.resize]).encode())
                 for text in images.stored.identity(images.rows):
-                    digest.update(f"{text}\n".encode())
+                    digest.update(f"{text}\n".encode(errors="surrogateescape"))  # file names need not be UTF-8
         return digest.hexdigest()
 
 
@@ -186,8 +186,9 @@ def _load(config: DataConfig) -> RealData:
         test_split = source.train
     elif test_split is None:
         raise StillroomError(
-            f"{name} has no test split ({', '.join(readers.TEST_SPLITS)}). Add one, or hold training images out with "
-            "--data.holdout-per-class."
+            f"--data.source {config.source} has no test split. Add a folder, or parquet files, named "
+            f"{', '.join(readers.TEST_SPLITS[:-1])} or {readers.TEST_SPLITS[-1]}, or hold training images out with "
+            "--data.holdout-per-class N."
         )
     else:
         train_rows, test_rows = np.arange(len(source.train.labels)), np.arange(len(test_split.labels))
@@ -309,11 +310,7 @@ def _read_path(path: Path, facts: Facts | None, config: DataConfig) -> Source:
     if not has_classes and readers.find_parquet(path):
         return _read_parquet(path, facts, config)
     if not (path / "train").is_dir():
-        raise StillroomError(
-            f"{path} has no train/ folder and no parquet files. Expected {path}/train/<class>/<images> and "
-            f"{path}/test/<class>/<images> (or val, valid, validation), or parquet files with 'train' and 'test' in "
-            "their names."
-        )
+        raise readers.no_train_folder(path)
     return readers.read_folder(path, _test_splits(facts), with_test)
 
 

@@ -260,5 +260,6 @@ def _reason(stored: Stored, row: int, error: Exception) -> str:
 def _bad_images(reasons: list[str]) -> StillroomError:
     shown = "; ".join(reasons[:5]) + ("; ..." if len(reasons) > 5 else "")
     return StillroomError(
-        f"{len(reasons)} images cannot be read: {shown}. Replace them, or leave them out with --data.skip-bad-images."
+        f"{len(reasons)} image{'s' if len(reasons) > 1 else ''} cannot be read: {shown}. Replace or remove them, or "
+        "leave them out with --data.skip-bad-images."
     )

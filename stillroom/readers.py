@@ -25,6 +25,7 @@ import numpy as np
 from stillroom.errors import StillroomError
 
 TEST_SPLITS = ("test", "val", "valid", "validation")
+LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")  # by Windows and archivers, who do not hide names by a dot
 
 CIFAR_PICKLES = {  # dataset: (folder, training files, test files, key of the labels)
     "cifar10": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"], "labels"),
@@ -236,19 +237,37 @@ def _try_npz(read: Callable[..., Any], path: Path, *key: str) -> Any:
         ) from error
 
 
+def _image_fix(dtype: np.dtype) -> str:
+    if dtype.kind == "b":
+        return "Convert them: images.astype(np.uint8) * 255."
+    if dtype.kind != "f":
+        return "Convert them: images.astype(np.uint8) if they lie in 0 ... 255."
+    return (
+        "Convert them: np.rint(images * 255).astype(np.uint8) if they lie in [0, 1], np.rint(images).astype(np.uint8) "
+        "if they lie in 0 ... 255."
+    )
+
+
+def _label_fix(shape: tuple[int, ...], dtype: np.dtype) -> str:
+    if len(shape) == 2 and shape[1] > 1:
+        return " If the rows are one-hot, store np.argmax(labels, axis=1)."
+    if dtype.kind in "US":
+        return " Store class_names, labels = np.unique(labels, return_inverse=True)."
+    return " If they are whole numbers, store labels.astype(np.int64)." if dtype.kind in "fb" else ""
+
+
 def _npz_split(path: Path, headers: dict[str, tuple[tuple[int, ...], np.dtype]], name: str, limit: float) -> Split:
     images_key, labels_key = f"{name}_images", f"{name}_labels"
     for key in (images_key, labels_key):
         if key not in headers:
             raise StillroomError(
-                f"{path} has no array '{key}', only {sorted(headers)}; "
-                "needed are train_images, train_labels, test_images and test_labels."
+                f"{path} has no array '{key}', only {sorted(headers)}; needed are train_images, train_labels, "
+                "test_images and test_labels (val_* will do; neither is needed with --data.holdout-per-class N)."
             )
     (shape, dtype), (label_shape, label_dtype) = headers[images_key], headers[labels_key]
     if dtype != np.uint8:
         raise StillroomError(
-            f"'{images_key}' of {path} is {dtype}, but images must be uint8, 0 ... 255. Convert them, e.g. "
-            "np.rint(images * 255).astype(np.uint8) if they are numbers in [0, 1]."
+            f"'{images_key}' of {path} is {dtype}, but images must be uint8, 0 ... 255. {_image_fix(dtype)}"
         )
     channels_first = len(shape) == 4 and shape[3] not in (1, 3)
     channels = (*shape, 1)[1 if channels_first else 3] if len(shape) in (3, 4) else 0
@@ -260,7 +279,7 @@ def _npz_split(path: Path, headers: dict[str, tuple[tuple[int, ...], np.dtype]],
     if label_dtype.kind not in "iu" or label_shape not in ((shape[0],), (shape[0], 1)):
         raise StillroomError(
             f"'{labels_key}' of {path} is {label_dtype} {list(label_shape)}; the {shape[0]} images of '{images_key}' "
-            f"need as many integers 0 ... C-1, [{shape[0]}] or [{shape[0]}, 1]."
+            f"need as many integers 0 ... C-1, [{shape[0]}] or [{shape[0]}, 1].{_label_fix(label_shape, label_dtype)}"
         )
     colour_bytes = 3 * math.prod(shape) // channels
     if colour_bytes > limit:
@@ -290,13 +309,23 @@ def read_npz(path: Path, memory_limit_bytes: float, with_test: bool = True) -> S
         names = _try_npz(_npz_array, path, "class_names").tolist()
         class_names = tuple(n.decode("utf-8", "replace") if isinstance(n, bytes) else n for n in names)
     test = next((name for name in ("test", "val") if with_test and f"{name}_images" in headers), None)
+    if with_test and test is None and "train_images" in headers:
+        raise StillroomError(
+            f"{path} has no test split: its arrays are {sorted(headers)}; needed are test_images and test_labels, or "
+            "val_images and val_labels. Add them, or hold training images out with --data.holdout-per-class N."
+        )
     train = _npz_split(path, headers, "train", memory_limit_bytes)
     return Source(train, _npz_split(path, headers, test, memory_limit_bytes) if test else None, class_names)
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
-        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+        shown = (e for e in entries if not e.name.startswith(".") and e.name.lower() not in LEFT_BEHIND)
+        return sorted(shown, key=lambda e: e.name)
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _class_folders(split: Path) -> list[str]:
@@ -304,11 +333,16 @@ def _class_folders(split: Path) -> list[str]:
 
 
 def _files_below(folder: Path) -> list[str]:
-    """Relative paths, sorted by name; links to folders are not followed, since they can form a ring."""
+    """Relative paths, sorted by name; links to folders are refused, since they can form a ring."""
     found = []
     for entry in _visible(folder):
         if entry.is_dir(follow_symlinks=False):
             found += [f"{entry.name}/{below}" for below in _files_below(folder / entry.name)]
+        elif entry.is_dir():
+            raise StillroomError(
+                f"{folder / entry.name} is a link to a folder, which is not followed inside a class folder; put its "
+                "images in its place, or remove it."
+            )
         elif entry.is_file() or entry.is_symlink():
             found.append(entry.name)
     return found
@@ -321,7 +355,9 @@ def _read_class_folders(root: Path, split: str, classes: Sequence[str]) -> Split
         folder = root / split / name
         if not folder.is_dir():
             raise StillroomError(f"{root / split} has no folder for the class '{name}'; add {folder} with its images.")
-        prefix = f"{split}/{name}/images" if (folder / "images").is_dir() else f"{split}/{name}"
+        # Tiny-ImageNet has boxes.txt beside images/; with anything else there, images/ is a folder like any other.
+        beside = [e for e in _visible(folder) if e.name != "images" and not e.name.endswith(".txt")]
+        prefix = f"{split}/{name}/images" if (folder / "images").is_dir() and not beside else f"{split}/{name}"
         files = _files_below(root / prefix)
         if not files:
             raise StillroomError(f"{folder} holds no images; add some, or remove the class everywhere.")
@@ -330,22 +366,79 @@ def _read_class_folders(root: Path, split: str, classes: Sequence[str]) -> Split
     return Split(FileImages(root, tuple(paths)), np.array(labels, np.int64))
 
 
+def no_train_folder(root: Path) -> StillroomError:
+    """The error for a folder without `train` and parquet files, by what the folder seems to be."""
+    entries = _visible(root)
+    folders = [e.name for e in entries if e.is_dir()]
+    whole = root.resolve().parent
+    if root.resolve().name in ("train", *TEST_SPLITS) and (whole / "train").is_dir():
+        return StillroomError(f"--data.source {root} is one split of a dataset; give the folder of all: {whole}.")
+    inner = next((name for name in folders if (root / name / "train").is_dir()), None)
+    if inner is not None:
+        return StillroomError(f"--data.source {root} has no train/ folder, but {root / inner} has one; give that.")
+    spelt = next((name for name in folders if name.lower() in ("train", "training")), None)
+    if spelt is not None:
+        return StillroomError(
+            f"--data.source {root} has no train/ folder; rename {root / spelt} to train, and the folder of the test "
+            "split to test or val."
+        )
+    classes = [name for name in folders if any(e.is_file() for e in _visible(root / name))]
+    if classes:
+        return StillroomError(
+            f"--data.source {root} has no train/ folder, but folders that look like classes ({_quoted(classes)}): move "
+            f"them below {root / 'train'}, and hold test images out with --data.holdout-per-class N."
+        )
+    if entries and not folders:
+        return StillroomError(
+            f"--data.source {root} holds {len(entries)} files and no folders, whose names would be the classes: sort "
+            f"the images into {root / 'train'}/<class>/, and hold test images out with --data.holdout-per-class N."
+        )
+    return StillroomError(
+        f"{root} has no train/ folder and no parquet files. Expected {root}/train/<class>/<images> and "
+        f"{root}/test/<class>/<images> (or val, valid, validation), or parquet files with 'train' and 'test' in "
+        "their names."
+    )
+
+
+def _training_classes(train: Path) -> tuple[str, ...]:
+    classes = _class_folders(train)
+    if not classes:
+        raise StillroomError(
+            f"{train} holds no class folders, whose names are the classes: sort the images into {train}/<class>/."
+        )
+    if len(classes) == 1:
+        raise StillroomError(
+            f"{train} has 1 class folder, {classes[0]!r}; at least 2 are needed, each of them directly below train/."
+        )
+    for name in classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise StillroomError(f"{train} has the class folder {name!r}, no name in UTF-8; rename it.") from error
+    return tuple(classes)
+
+
 def read_folder(root: Path, test_splits: Sequence[str] = TEST_SPLITS, with_test: bool = True) -> Source:
     """`train/<class>/*` and `test|val|valid|validation/<class>/*`; sorted class folders are the labels. Every file
-    below a class folder is an image (only those of its `images` folder, where it has one); hidden names are ignored.
-    The test split is the first of `test_splits` that shares a class with `train`: `test` is often unlabelled."""
-    classes = _class_folders(root / "train")
-    if not classes:
-        raise StillroomError(f"{root / 'train'} holds no class folders; expected train/<class>/<image files>.")
+    below a class folder is an image (only those of its `images` folder, where it has one with nothing but .txt files
+    beside it); hidden names are ignored. The test split is the first of `test_splits` that shares a class with `train`:
+    `test` is often unlabelled."""
+    classes = _training_classes(root / "train")
+    present = {name: _class_folders(root / name) for name in test_splits if with_test and (root / name).is_dir()}
+    split = next((name for name, found in present.items() if set(classes) & set(found)), next(iter(present), None))
+    if split is not None and not present[split]:
+        raise StillroomError(
+            f"{root / split} holds no class folders, so its images have no labels: sort them into {split}/<class>/, or "
+            "leave it unread and hold training images out with --data.holdout-per-class N."
+        )
+    if split is not None and set(present[split]) != set(classes):
+        alone = {"train": set(classes) - set(present[split]), split: set(present[split]) - set(classes)}
+        where = " and ".join(f"{_quoted(sorted(names))} only in {part}/" for part, names in alone.items() if names)
+        raise StillroomError(
+            f"{root} needs the same class folders in train/ and {split}/, but has {where}; add or remove some."
+        )
     train = _read_class_folders(root, "train", classes)
-    present = [name for name in test_splits if (root / name).is_dir()] if with_test else []
-    if not present:
-        return Source(train, None, tuple(classes))
-    split = next((name for name in present if set(classes) & set(_class_folders(root / name))), present[0])
-    unknown = sorted(set(_class_folders(root / split)) - set(classes))
-    if unknown:
-        raise StillroomError(f"{root / split} has the class '{unknown[0]}', which 'train' lacks; add or remove it.")
-    return Source(train, _read_class_folders(root, split, classes), tuple(classes))
+    return Source(train, _read_class_folders(root, split, classes) if split is not None else None, classes)
 
 
 def _lines(path: Path) -> list[str]:
@@ -454,10 +547,11 @@ def _choose(
     named = [name for name in fitting if name in usual]
     chosen = [wanted] if wanted is not None else named if named or not by_type else fitting
     if len(chosen) != 1 or fitting.count(chosen[0]) != 1:
-        reason = f"{len(chosen)} candidates for the {kind} column" if wanted is None else f"no {kind} column '{wanted}'"
-        raise StillroomError(
-            f"{where} has {reason} of type {accepted}. Its columns: {columns}. Name one with --data.{kind}-column."
-        )
+        held = "each image's file (PNG, JPEG, ...)" if kind == "image" else "each image's class"
+        fix = f"Name one with --data.{kind}-column." if fitting else f"Add one that holds {held}."
+        reason = f"{len(chosen)} candidates for the {kind} column" if fitting else f"no {kind} column"
+        reason = reason if wanted is None else f"no {kind} column '{wanted}'"
+        raise StillroomError(f"{where} has {reason} of type {accepted}. Its columns: {columns}. {fix}")
     return chosen[0]
 
 

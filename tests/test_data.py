@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import struct
 import sys
 from dataclasses import replace
@@ -301,7 +302,7 @@ def test_tiny_imagenets_labels_follow_wnids_txt_and_its_annotations(tmp_path):
 def test_tiny_imagenet_names_a_bad_annotation_and_a_missing_image(tmp_path):
     root = write_tiny_imagenet(tmp_path / "tiny")
     (root / "val" / "images" / "val_1.JPEG").unlink()
-    with pytest.raises(StillroomError, match=r"1 images cannot be read.*val_1\.JPEG"):
+    with pytest.raises(StillroomError, match=r"1 image cannot be read.*val_1\.JPEG"):
         load(root)
     (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn77\n")
     with pytest.raises(StillroomError, match=r"line 1 is 'val_0\.JPEG\tn77'"):
@@ -313,7 +314,7 @@ def test_imagenet_is_read_lazily_from_class_folders_without_decoding_them_first(
     monkeypatch.setitem(FACTS, "imagenet", replace(FACTS["imagenet"], classes=2, image_size=4))
     root = write_folder(tmp_path / folder, ("train", "val", "test"))
     (root / "train" / "b" / "2.png").write_bytes(b"not an image")
-    with pytest.raises(StillroomError, match="1 images cannot be read"):
+    with pytest.raises(StillroomError, match="1 image cannot be read"):
         load("imagenet", root=str(tmp_path), resize="squash")
     real = load("imagenet", root=str(tmp_path), resize="squash", memory_limit_gib=EVERYTHING_LAZY)
     assert (real.class_names, real.mean, real.image_size) == (("a", "b"), FACTS["imagenet"].mean, 4)
@@ -340,10 +341,13 @@ def test_a_path_gets_a_named_datasets_facts_only_if_classes_and_size_agree(tmp_p
 # Image folders
 
 
-def test_a_folder_gives_sorted_classes_and_the_stored_pixels(tmp_path):
+def test_a_folder_gives_sorted_classes_and_the_stored_pixels_and_hidden_names_are_ignored(tmp_path):
     root = write_folder(tmp_path / "photos", classes="ba")
-    (root / "train" / ".DS_Store").write_bytes(b"x")
-    (root / "train" / "a" / ".hidden").write_bytes(b"x")
+    for folder in (root / "train", root / "train" / "a", root / "test" / "b"):
+        for name in (".DS_Store", "._0", "Thumbs.db", "desktop.ini"):
+            (folder / name).write_bytes(b"x")
+    (root / "train" / "__MACOSX").mkdir()
+    (root / "test" / ".ipynb_checkpoints").mkdir()
     real = load(root)
     assert real.class_names == ("a", "b")
     assert real.name == "photos"
@@ -371,12 +375,33 @@ def broken(flaw: str, root: Path) -> Path:
     train = root / "train"
     match flaw:
         case "no train":
-            train.rename(root / "training")
+            shutil.rmtree(train)
+        case "empty":
+            shutil.rmtree(train)
+            shutil.rmtree(root / "test")
+        case "flat classes":
+            for name in "ab":
+                (train / name).rename(root / name)
+            shutil.rmtree(train)
+            shutil.rmtree(root / "test")
+        case "loose images":
+            for path in (train / "a").iterdir():
+                path.rename(root / path.name)
+            shutil.rmtree(train)
+            shutil.rmtree(root / "test")
+        case "one split" | "one test split":
+            return root / ("train" if flaw == "one split" else "test")
+        case "wrapped":
+            return root.parent
+        case "misspelt train":
+            train.rename(root / "Training")
         case "no classes":
-            for path in sorted(train.rglob("*"), reverse=True):
-                path.unlink() if path.is_file() else path.rmdir()
+            shutil.rmtree(train)
+            train.mkdir()
+            (train / "0.png").write_bytes(encode(pixels_of(1)[0]))
         case "empty class":
             (train / "c").mkdir()
+            (root / "test" / "c").mkdir()
         case "one class":
             for folder in (train / "b", root / "test" / "b"):
                 folder.rename(root / folder.parent.name[:2])
@@ -384,6 +409,18 @@ def broken(flaw: str, root: Path) -> Path:
             (root / "test" / "b").rename(root / "b")
         case "class only tested":
             (root / "test" / "c").mkdir()
+        case "other classes":
+            (root / "test" / "a").rename(root / "test" / "A")
+            (root / "test" / "b").rename(root / "test" / "B")
+        case "unlabelled test":
+            shutil.rmtree(root / "test")
+            (root / "test").mkdir()
+            (root / "test" / "0.png").write_bytes(encode(pixels_of(1)[0]))
+        case "linked folder":
+            (train / "b" / "more").symlink_to(train / "a")
+        case "name of bytes":
+            for split in ("train", "test"):
+                (root / split / os.fsdecode(b"caf\xe9")).mkdir()
         case "no test":
             (root / "test").rename(root / "other")
         case "text":
@@ -402,21 +439,58 @@ def broken(flaw: str, root: Path) -> Path:
 
 @pytest.mark.parametrize(("flaw", "message"), [
     ("no train", r"no train/ folder.*Expected .*train/<class>/<images>"),
-    ("no classes", "train holds no class folders"),
+    ("empty", r"no train/ folder.*Expected .*train/<class>/<images>"),
+    ("flat classes", r"look like classes \('a', 'b'\): move them below .*photos/train.*--data\.holdout-per-class N"),
+    ("loose images", r"holds 3 files and no folders.*into .*photos/train/<class>/.*--data\.holdout-per-class N"),
+    ("one split", r"photos/train is one split of a dataset; give the folder of all: .*photos\.$"),
+    ("one test split", r"photos/test is one split of a dataset; give the folder of all: .*photos\.$"),
+    ("wrapped", r"has no train/ folder, but .*photos has one; give that"),
+    ("misspelt train", r"rename .*photos/Training to train"),
+    ("no classes", r"train holds no class folders.*sort the images into .*photos/train/<class>/"),
     ("empty class", r"train/c holds no images"),
-    ("one class", "has 1 class; at least 2"),
-    ("class not tested", "no folder for the class 'b'"),
-    ("class only tested", "test has the class 'c', which 'train' lacks"),
-    ("no test", r"no test split.*--data\.holdout-per-class"),
-    ("text", r"1 images cannot be read: .*notes\.txt.*--data\.skip-bad-images"),
-    ("truncated", r"1 images cannot be read: .*b/1\.png.*--data\.skip-bad-images"),
+    ("one class", r"train has 1 class folder, 'a'; at least 2"),
+    ("class not tested", "in train/ and test/, but has 'b' only in train/; add or remove"),
+    ("class only tested", "in train/ and test/, but has 'c' only in test/; add or remove"),
+    ("other classes", "'a', 'b' only in train/ and 'A', 'B' only in test/"),
+    ("unlabelled test", r"test holds no class folders, so its images have no labels.*--data\.holdout-per-class N"),
+    ("no test", r"photos has no test split.* folder.* named test, val.*--data\.holdout-per-class N"),
+    ("linked folder", r"b/more is a link to a folder"),
+    ("name of bytes", r"class folder 'caf\\udce9', no name in UTF-8; rename"),
+    ("text", r"1 image cannot be read: .*notes\.txt.*--data\.skip-bad-images"),
+    ("truncated", r"1 image cannot be read: .*b/1\.png.*--data\.skip-bad-images"),
     ("missing target", r"b/9\.png"),
     ("other size", r"b/9\.png is 9x5 pixels \(width x height\), not 6x6\. Pass --data\.resize"),
     ("postscript", r"b/9\.png: not an image of a known format"),
 ])  # fmt: skip
 def test_a_flawed_folder_gives_one_error_that_names_the_flaw_and_the_fix(tmp_path, flaw, message):
     with pytest.raises(StillroomError, match=message):
-        load(broken(flaw, tmp_path))
+        load(broken(flaw, tmp_path / "photos"))
+
+
+def test_folders_within_a_class_are_read_and_nothing_beside_a_folder_named_images_is_lost(tmp_path):
+    root = write_folder(tmp_path)
+    for k, folder in enumerate(("more/deeper", "images", "empty.png")):
+        (root / "train" / "b" / folder).mkdir(parents=True)
+        if folder != "empty.png":
+            (root / "train" / "b" / folder / "x.png").write_bytes(encode(pixels_of(1, seed=k)[0]))
+    assert load(root).train.labels.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+
+
+def test_class_folders_may_have_any_name_in_utf_8_and_may_be_links(tmp_path):
+    names = ["-dash", "100%", "[b]old", "a b", "it's", 'say "x"', "süß", "日本", "🐱 cat", "line\nbreak", "back\\slash"]
+    for split in ("train", "test"):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "0.png").write_bytes(encode(pixels_of(1)[0]))
+        (tmp_path / split / "link").symlink_to(tmp_path / split / "a b")
+    assert load(tmp_path).class_names == tuple(sorted([*names, "link"]))
+
+
+def test_a_file_name_that_is_not_utf_8_is_read_and_has_its_part_in_the_fingerprint(tmp_path):
+    root = write_folder(tmp_path)
+    before = load(root, memory_limit_gib=EVERYTHING_LAZY).fingerprint
+    (root / "train" / "b" / "2.png").rename(root / "train" / "b" / os.fsdecode(b"caf\xe9.png"))
+    assert load(root, memory_limit_gib=EVERYTHING_LAZY).fingerprint != before
 
 
 @pytest.mark.parametrize("limit", [4.0, EVERYTHING_LAZY])
@@ -543,8 +617,12 @@ def test_ambiguous_or_unfit_columns_are_listed_and_can_be_named(tmp_path):
     assert load(both, label_column="labels").train.labels.tolist() == [1, 0]
     with pytest.raises(StillroomError, match=r"no image column 'label'"):
         load(both, label_column="labels", image_column="label")
-    with pytest.raises(StillroomError, match="0 candidates for the label column"):
+    with pytest.raises(StillroomError, match=r"has no label column .*Add one that holds each image's class"):
         load(parquet_pair(tmp_path / "float", [0.0, 1.0]))
+    (tmp_path / "paths").mkdir()
+    pq.write_table(pa.table({"image": ["a.png", "b.png"], "label": [0, 1]}), tmp_path / "paths" / "train.parquet")
+    with pytest.raises(StillroomError, match=r"no image column .*image \(string\), label.*Add one that holds .*PNG"):
+        load(tmp_path / "paths")
     with pytest.raises(StillroomError, match="0 candidates for the label column"):
         load(parquet_pair(tmp_path / "id", [0, 1], label="row_id"))
     assert len(load(parquet_pair(tmp_path / "photo", [0, 1], image="photo")).train) == 2
@@ -560,6 +638,9 @@ def test_flawed_parquet_is_refused(tmp_path):
     untrained = write_parquet(tmp_path / "untrained" / "a.parquet", pixels_of(2), [0, 1]).parent
     with pytest.raises(StillroomError, match="no parquet file with 'train'"):
         load(untrained)
+    write_parquet(tmp_path / "untested" / "train.parquet", pixels_of(2), [0, 1])
+    with pytest.raises(StillroomError, match=r"no test split\. Add .*parquet files.*--data\.holdout-per-class N"):
+        load(tmp_path / "untested")
     two = [parquet_pair(tmp_path / "two" / name, [0, 1]) for name in "xy"]
     with pytest.raises(StillroomError, match=r"several datasets.*--data\.source"):
         load(two[0].parent)
@@ -630,16 +711,23 @@ def test_npz_class_names_and_the_validation_split_are_used_where_they_are_needed
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"train_images": np.zeros((6, 4, 4, 3), np.float32)}, r"float32.*must be uint8.*np\.rint\(images \* 255\)"),
+    ({"train_images": np.zeros((6, 4, 4, 3), np.float32)},
+     r"float32.*must be uint8.*np\.rint\(images \* 255\).* in \[0, 1\], np\.rint\(images\).* in 0 \.\.\. 255"),
+    ({"test_images": np.zeros((6, 4, 4, 3), np.int64)}, r"'test_images' .*int64.*images\.astype\(np\.uint8\) if"),
+    ({"train_images": np.zeros((6, 4, 4, 3), bool)}, r"bool.*images\.astype\(np\.uint8\) \* 255"),
     ({"train_images": np.zeros((6, 4, 4, 4), np.uint8)}, r"shape \[6, 4, 4, 4\]"),
     ({"train_images": np.zeros((6, 0, 0, 3), np.uint8)}, r"shape \[6, 0, 0, 3\]"),
     ({"train_images": np.zeros((6,), np.uint8)}, r"shape \[6\]"),
     ({"train_images": np.array([{}] * 6)}, "object"),
-    ({"train_images": None}, "no array 'train_images'"),
-    ({"test_images": None, "test_labels": None}, "no test split"),
+    ({"train_images": None}, r"no array 'train_images', only \['test_images', .*needed are train_images, train_labels"),
+    ({"test_images": None, "test_labels": None},
+     r"no test split.*\['train_images', 'train_labels'\]; needed are test_images and .*--data\.holdout-per-class N"),
     ({"test_labels": None}, "no array 'test_labels'"),
     ({"train_labels": np.zeros(5, np.int64)}, r"int64 \[5\]; the 6 images"),
-    ({"train_labels": np.array([0, 1, 0, 1, 0, np.nan])}, r"float64 \[6\].*integers"),
+    ({"train_labels": np.eye(6)}, r"float64 \[6, 6\].*integers 0 \.\.\. C-1.*np\.argmax\(labels, axis=1\)"),
+    ({"test_labels": np.eye(6, dtype=np.uint8)}, r"'test_labels'.*uint8 \[6, 6\].*np\.argmax\(labels, axis=1\)"),
+    ({"train_labels": np.array(list("ababab"))}, r"<U1 \[6\].*class_names, labels = np\.unique"),
+    ({"train_labels": np.array([0, 1, 0, 1, 0, np.nan])}, r"float64 \[6\].*integers.*labels\.astype\(np\.int64\)"),
     ({"train_labels": np.array([0, 1, 0, 1, 0, -1])}, r"training label -1, but its 3 classes"),
     ({"train_labels": np.array([0, 1, 0, 1, 0, 3])}, r"training label 3, but its 3 classes are labelled 0 \.\.\. 2"),
     ({"train_labels": np.array([0, 1, 0, 1, 0, 2**64 - 1], np.uint64)}, "training label 18446744073709551615"),
