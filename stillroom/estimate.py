@@ -111,23 +111,31 @@ def _summed(objective: Objective, labels: Tensor) -> Callable[[Tensor], Tensor]:
 
 def _student_stages(recipe: Recipe, real: RealData, plan: Plan) -> list[Stage]:
     teachers = len(recipe.teachers.networks)
-    views = recipe.ipc * real.classes
+    random = views = alone = recipe.ipc * real.classes
     if recipe.method == "infer":
-        slots = slot_count(recipe.ipc, real.classes, teachers)
-        views = slots * real.classes * (teachers + recipe.infer.naturals_as_views)
+        alone = slot_count(recipe.ipc, real.classes, teachers) * real.classes
+        views = alone * (teachers + recipe.infer.naturals_as_views)
     batch = min(recipe.student.train.batch_size, views)
     model = build_network(recipe.student.network, real.classes, real.image_size)
     seconds, memory = _time_training(model, batch, real, plan)
     stages = []
+    known: set[tuple[str, str, int]] = set()  # trainings that answer for two cells are done once
     for labels in recipe.labels:
-        steps = recipe.student.train_for(labels).epochs * (views // batch)
-        per_step = seconds
-        if labels == "dynamic":
-            per_step += _time_labels(recipe, batch, real, plan)
-        # At equal steps: random with hard and with these labels, naturals; at equal epochs a share of that.
-        runs = 1 + (3 * (1 + 1 / (teachers + 1)) if recipe.controls else 0)
-        work = f"{len(recipe.seeds)} seeds x {steps:,} steps of {batch}" + (" and controls" if recipe.controls else "")
-        stages.append(Stage(f"students, {labels}", work, per_step * steps * runs * len(recipe.seeds), memory, 0))
+        epochs = recipe.student.train_for(labels).epochs
+        steps = round(epochs * views / batch)
+        cells = {(recipe.method, labels, steps)}
+        if recipe.controls and recipe.method == "infer":  # those of pipeline.build_cells, at both budgets
+            for name, kind, count in (
+                ("random", "hard", random),
+                ("random", labels, random),
+                ("naturals", labels, alone),
+            ):
+                cells |= {(name, kind, steps), (name, kind, round(epochs * count / min(batch, count)))}
+        labelling = _time_labels(recipe, batch, real, plan) if labels == "dynamic" else 0.0
+        each = sum(count * (seconds + labelling * (kind == labels)) for _, kind, count in cells - known)
+        work = f"{len(recipe.seeds)} seeds x {steps:,} steps of {batch}" + (" and controls" if len(cells) > 1 else "")
+        stages.append(Stage(f"students, {labels}", work, each * len(recipe.seeds), memory, 0))
+        known |= cells
         if labels == "dynamic":
             stored = dynamic_label_bytes(batch, steps, real.classes)
             stages.append(Stage("  its labels, if stored", f"{batch * steps:,} rows", 0.0, stored, 0))
