@@ -123,7 +123,7 @@ def _student_stages(recipe: Recipe, real: RealData, plan: Plan) -> list[Stage]:
     for labels in recipe.labels:
         epochs = recipe.student.train_for(labels).epochs
         steps = round(epochs * views / batch)
-        cells = {(recipe.method, labels, steps)}
+        cells: set[tuple[str, str, int]] = {(recipe.method, labels, steps)}
         if recipe.controls and recipe.method == "infer":  # those of pipeline.build_cells, at both budgets
             for name, kind, count in (
                 ("random", "hard", random),
