@@ -35,7 +35,7 @@ from stillroom.files import write_json
 from stillroom.pipeline import bound_settings, distill_recipe, open_stages, provenance, relabel, run_recipe
 from stillroom.recipes import RECIPES, Recipe, find_recipe
 from stillroom.run import Run
-from stillroom.settings import parse_duration, parse_words, to_yaml
+from stillroom.settings import parse_duration, parse_words, read_config, to_yaml
 from stillroom.tables import (
     print_where,
     show_budget,
@@ -49,6 +49,9 @@ from stillroom.tables import (
 from stillroom.teachers import TeachersConfig, empty_cache, list_cache, load_teachers
 
 OK, FAILED, USAGE, STOPPED = 0, 1, 2, 3
+
+# What a command is told anew each time, so that no file of settings holds it.
+NO_SETTINGS = ("distilled", "out", "config", "time_limit", "print_config")
 
 
 @dataclass(frozen=True)
@@ -212,13 +215,14 @@ def evaluate_command(words: list[str]) -> int:
         if manifest.teachers:
             networks = tuple(teacher.name for teacher in manifest.teachers)
             default = dataclasses.replace(default, teachers=TeachersConfig(networks=networks))
+        default = read_config(words, default, NO_SETTINGS)
     command = parse_words(EvaluateCommand, "evaluate", words, default)
     if default is None:
         raise UsageError(f"name the set's directory first: stillroom evaluate {command.distilled} ...")
     if command.time_limit is not None and command.out is None:
         raise UsageError("--time-limit saves what is done, which needs a run directory: give --out too")
     if command.print_config:
-        print(to_yaml(command, ("distilled", "out", "config", "time_limit", "print_config")))
+        print(to_yaml(command, NO_SETTINGS))
         return OK
     distilled = load_distilled(_set_directory(command.distilled))
     with Run(command.out, time_limit=parse_duration(command.time_limit)) as run, run.stop_on_signals():
@@ -311,10 +315,11 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 def parse_recipe(name: str, words: list[str]) -> RecipeCommand | None:
     """Return the command with its settings resolved: recipe, then YAML file, then flags.
 
-    None where --print-config or --dry-run has said all there is to say. Raises StillroomError for an unknown recipe.
+    None where --print-config or --dry-run has said all there is to say. Raises StillroomError for an unknown recipe and
+    for a file that holds no settings.
     """
     recipe = next((word for word in words[:1] if not word.startswith("-")), "small")
-    default = RecipeCommand(recipe, find_recipe(recipe))
+    default = RecipeCommand(recipe, read_config(words, find_recipe(recipe)))
     command = parse_words(RecipeCommand, name, words, default)
     if command.recipe != recipe:
         raise UsageError(f"name the recipe first: stillroom {name} {command.recipe} ...")

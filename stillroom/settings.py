@@ -2,61 +2,128 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
 
-from stillroom.errors import StillroomError
+from stillroom.errors import StillroomError, suggest
+
+Settings = TypeVar("Settings", bound=Any)
 
 
 def parse_words(kind: type[Any], name: str, words: list[str], default: Any = None) -> Any:
-    """Parse `words` by the dataclass `kind`; a YAML file named by --config is read as flags that stand before them."""
-    file = None
-    for index, word in enumerate(words):
-        if word == "--config" and index + 1 < len(words):
-            file = Path(words[index + 1])
-        elif word.startswith("--config="):
-            file = Path(word.partition("=")[2])
-    positional = words[:1] if words and not words[0].startswith("-") else []
-    if file is not None:
-        words = positional + yaml_to_flags(file) + words[len(positional) :]
+    """Return the dataclass `kind` with what the words of `stillroom NAME` say; the rest is as in `default`."""
     options = {} if default is None else {"default": default}
     return tyro.cli(kind, prog=f"stillroom {name}", args=words, **options)
 
 
-def yaml_to_flags(path: Path) -> list[str]:
-    """Return a YAML file of nested settings as command-line flags, so that both obey the same types and checks."""
+def read_config(words: list[str], defaults: Settings, without: tuple[str, ...] = ()) -> Settings:
+    """Return `defaults` with the settings of the YAML file that --config names among `words`, if it does.
+
+    The file has the keys of the dataclass `defaults`, but not those in `without`. Raises StillroomError that names
+    file, line, key, value and what is expected: for a file that is not YAML, an unknown or repeated key, a section in
+    place of a value or the reverse, a value of another type, and one that the dataclass itself refuses.
+    """
+    path = None
+    for word, following in itertools.zip_longest(words, words[1:]):
+        if word == "--config" and following is not None:
+            path = following
+        elif word.startswith("--config="):
+            path = word.partition("=")[2]
+    if path is None:
+        return defaults
+    file = f"--config {path!r}"
     try:
-        settings = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise StillroomError(f"--config {str(path)!r} cannot be read as YAML: {error}") from error
-    if settings is None:
-        return []
-    if not isinstance(settings, dict):
-        raise StillroomError(
-            f"--config {str(path)!r} holds {type(settings).__name__}, not settings; see --print-config"
-        )
-    return list(_flags(settings, ""))
+        node = yaml.compose(Path(path).read_text(), yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        raise StillroomError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if node is None:
+        return defaults
+    if not isinstance(node, yaml.MappingNode):
+        raise StillroomError(f"{file} holds {_shown(node)}, not settings; see --print-config")
+    return _read_section(node, defaults, file, "", without)
 
 
-def _flags(settings: dict[Any, Any], prefix: str) -> Iterator[str]:
-    for key, value in settings.items():
-        flag = f"{prefix}{key}".replace("_", "-")
-        if isinstance(value, dict):
-            yield from _flags(value, f"{flag}.")
-        elif isinstance(value, bool):
-            group, dot, leaf = flag.rpartition(".")
-            yield f"--{flag}" if value else f"--{group}{dot}no-{leaf}"
-        elif isinstance(value, list):
-            yield from (f"--{flag}", *map(str, value))
-        else:
-            yield from (f"--{flag}", str(value))
+def _read_section(
+    section: yaml.MappingNode, defaults: Settings, file: str, prefix: str, without: tuple[str, ...] = ()
+) -> Settings:
+    hints, values = get_type_hints(type(defaults)), {}
+    known = [field.name for field in fields(defaults) if field.name not in without]
+    for key_node, node in section.value:
+        name = str(key_node.value).replace("-", "_")  # flags are spelt with hyphens
+        key, where = f"{prefix}{name}", f"{file}, line {key_node.start_mark.line + 1}"
+        if name not in known:
+            raise StillroomError(f"{where}, has an unknown key {key}.{suggest(name, known)}")
+        if name in values:
+            raise StillroomError(f"{where}, has the key {key} a second time; keep one")
+        value = getattr(defaults, name)
+        if not is_dataclass(value):
+            try:
+                values[name] = _convert(node, hints[name])
+            except (KeyError, ValueError):
+                raise StillroomError(f"{where}: {key} is {_shown(node)}; give {_expected(hints[name])}") from None
+        elif isinstance(node, yaml.MappingNode):
+            values[name] = _read_section(node, value, file, f"{key}.")
+        elif not _is_null(node):  # a section with nothing in it changes nothing
+            keys = ", ".join(field.name for field in fields(value))
+            raise StillroomError(f"{where}: {key} is {_shown(node)}; give a section with any of the keys {keys}")
+    try:
+        return replace(defaults, **values)
+    except StillroomError as error:
+        raise StillroomError(f"{file}: {error}") from error
+
+
+def _convert(node: yaml.Node, hint: Any) -> Any:
+    """Return `node` as a value of the type `hint`; raises KeyError or ValueError where it is none.
+
+    The type decides, not YAML, which takes `on` for true and `1e-3` for text.
+    """
+    kinds = get_args(hint)
+    if NoneType in kinds:
+        return None if _is_null(node) else _convert(node, kinds[0])
+    if get_origin(hint) is tuple:
+        items = node.value if isinstance(node, yaml.SequenceNode) else [node]  # one value is a list of one
+        each = kinds[:1] * len(items) if kinds[-1] is Ellipsis else kinds
+        return tuple(_convert(item, kind) for item, kind in zip(items, each, strict=True))
+    if not isinstance(node, yaml.ScalarNode) or _is_null(node):
+        raise ValueError
+    if get_origin(hint) is Literal:
+        return {str(choice): choice for choice in kinds}[node.value]
+    if hint is bool:
+        return yaml.SafeLoader.bool_values[node.value.lower()]
+    return hint(node.value)
+
+
+def _expected(hint: Any) -> str:
+    kinds = get_args(hint)
+    if NoneType in kinds:
+        return f"{_expected(kinds[0])}, or null"
+    if get_origin(hint) is tuple:
+        return f"a list{'' if kinds[-1] is Ellipsis else f' of {len(kinds)}'}, each {_expected(kinds[0])}"
+    if get_origin(hint) is Literal:
+        *most, last = map(str, kinds)
+        return f"{', '.join(most)} or {last}"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[hint]
+
+
+def _shown(node: yaml.Node) -> str:
+    if isinstance(node, yaml.MappingNode):
+        return "a section"
+    if isinstance(node, yaml.SequenceNode):
+        return f"[{', '.join(item.value if isinstance(item, yaml.ScalarNode) else '...' for item in node.value)}]"
+    return "null" if _is_null(node) else repr(node.value)
+
+
+def _is_null(node: yaml.Node) -> bool:
+    """Whether `node` is YAML's null, or None as flags spell it."""
+    return node.tag == "tag:yaml.org,2002:null" or node.value == "None"
 
 
 def to_yaml(settings: Any, without: tuple[str, ...] = ()) -> str:

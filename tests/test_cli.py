@@ -210,11 +210,17 @@ def test_wrong_words_are_answered_with_the_nearest_right_ones(
 
 
 @pytest.mark.parametrize("content", ["just text", "- 1", "ipc: [", "infer: {step: 3}", "ipc: many"])
-def test_a_settings_file_that_is_none_is_refused(tell: Told, tmp_path: Path, content: str) -> None:
+def test_a_settings_file_that_is_none_is_refused_in_one_line_before_anything_is_written(
+    finished: Finished, tell: Told, tmp_path: Path, content: str
+) -> None:
     (tmp_path / "mine.yaml").write_text(content)
-    code, _, err = tell("run", "digits", "--config", tmp_path / "mine.yaml")
-    assert code in (1, 2)
-    assert err
+    for words in (["run", "digits"], ["evaluate", finished.directory]):
+        code, out, err = tell(*words, "--config", tmp_path / "mine.yaml")
+        assert (code, out) == (1, "")
+        assert err.startswith(f"stillroom: --config '{tmp_path / 'mine.yaml'}'")
+        assert err.count("\n") == 1
+        assert "Traceback" not in err
+    assert not list(Path().iterdir())
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], *([name, "--help"] for name in cli.COMMANDS), ["--version"]])
