@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 from torch import Tensor
 
@@ -74,7 +74,7 @@ def build_card(manifest: Manifest) -> bytes:
     views = manifest.views
     lines = [
         "---",
-        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),  # JSON is YAML, and needs no escaping rules
+        yaml.safe_dump(front, allow_unicode=True, sort_keys=False).rstrip(),
         "---",
         "",
         f"# {manifest.dataset.name}, distilled",
@@ -99,7 +99,7 @@ def build_card(manifest: Manifest) -> bytes:
         "",
         "## What lies here",
         "",
-        f"- `{files['images'].name}`: image, label, slot",
+        f"- `{files['images'].name}`: image, label, slot; opens by `datasets.load_dataset` of this folder",
     ]
     if "compensators" in files:
         lines.append(

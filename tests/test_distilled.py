@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -322,6 +323,66 @@ def test_the_folder_opens_with_pyarrow_safetensors_and_json_alone(saved: Path) -
     assert np.array_equal(compensators, distilled.compensators.codes.numpy())
     logits = load_file(saved / facts["files"]["labels"]["name"])["logits"]
     assert np.array_equal(logits, distilled.soft_labels.numpy())
+
+
+ODD_NAMES = ("-dash", 'say "x" [b]', "🐱 cat", "süß\n1e3")
+
+
+def save_with_odd_names(folder: Path) -> Manifest:
+    """A set whose classes and dataset have names that JSON, YAML or a terminal could trip over."""
+    distilled = build_set()
+    dataset = dataclasses.replace(distilled.manifest.dataset, name=f"{ODD_NAMES[2]}: {ODD_NAMES[1]} # \u2028 \udce9")
+    odd = dataclasses.replace(distilled.manifest, class_names=ODD_NAMES, dataset=dataset)
+    return dataclasses.replace(distilled, manifest=odd).save(folder)
+
+
+def test_names_of_any_letters_are_the_same_in_manifest_parquet_and_card(tmp_path: Path) -> None:
+    import yaml
+
+    written = save_with_odd_names(tmp_path)
+    assert load_distilled(tmp_path).manifest == written
+    schema = pq.read_schema(tmp_path / written.files["images"].name)
+    features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    assert list(features) == schema.names
+    assert features["label"] == {"names": list(ODD_NAMES), "_type": "ClassLabel"}
+    front = yaml.safe_load((tmp_path / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+    assert front["pretty_name"] == f"{written.dataset.name} distilled by infer"
+
+
+LOAD_BY_DATASETS = """
+import json, sys
+import numpy as np
+from datasets import load_dataset
+folder, parquet, cache = sys.argv[1:]
+for source in ({"path": folder}, {"path": "parquet", "data_files": parquet}):
+    opened = load_dataset(**source, cache_dir=cache)
+    assert list(opened) == ["train"], opened
+    train = opened["train"]
+    pixels = [np.asarray(row["image"]).tolist() for row in train]
+    found = [train.features["label"].names, train["label"][:], train["slot"][:], pixels]
+    print("FOUND" + json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(find_spec("datasets") is None, reason="needs the Hugging Face library: pip install datasets")
+def test_the_folder_and_its_parquet_open_with_hugging_face_datasets_without_a_network(tmp_path: Path) -> None:
+    parquet = tmp_path / "set" / save_with_odd_names(tmp_path / "set").files["images"].name
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    # A process of its own, since the library reads its environment once and warns as it likes.
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_BY_DATASETS, str(tmp_path / "set"), str(parquet), str(tmp_path / "cache")],
+        env=offline,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = build_set()
+    found = [json.loads(line.removeprefix("FOUND")) for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    assert len(found) == 2
+    for names, labels, slots, pixels in found:
+        assert tuple(names) == ODD_NAMES
+        assert (labels, slots) == (expected.labels.tolist(), expected.slots.tolist())
+        assert np.array_equal(np.array(pixels).transpose(0, 3, 1, 2), expected.images.numpy())
 
 
 def test_the_card_points_to_the_images_and_shows_the_budget(saved: Path) -> None:
