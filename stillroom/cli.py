@@ -7,6 +7,9 @@
     stillroom inspect | verify DIR             what a distilled set holds | whether it is whole
     stillroom recipes | clean                  what there is to run | what the teacher cache holds
 
+Trained teachers are kept in a cache: --teachers.cache DIR (clean: --cache DIR), or else the environment variable
+STILLROOM_CACHE, or else ~/.cache/stillroom.
+
 Exit codes: 0 done; 1 could not be done (the message says why); 2 wrong usage; 3 stopped by --time-limit or a signal,
 with everything saved: the same command goes on.
 """
@@ -109,7 +112,7 @@ class CleanCommand:
     """Show the cached teachers; with --yes, delete them."""
 
     yes: bool = False  # delete
-    cache: str = TeachersConfig().cache
+    cache: str | None = None  # folder of trained teachers; None: $STILLROOM_CACHE, or else ~/.cache/stillroom
 
 
 class UsageError(Exception):

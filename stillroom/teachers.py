@@ -2,7 +2,8 @@
 
     teachers = load_teachers(real, TeachersConfig(networks=("resnet18", "convnet")), plan, run)
 
-Every teacher is measured on the real test split before it is used; one near chance stops the run.
+Every teacher is measured on the real test split before it is used; one near chance stops the run. The cache is the
+folder `TeachersConfig.cache`, or else the environment variable STILLROOM_CACHE, or else ~/.cache/stillroom.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class TeachersConfig:
     source: Literal["train", "imagenet"] = "train"  # imagenet: torchvision's IMAGENET1K_V1 weights
     checkpoints: tuple[str, ...] = ()  # NETWORK=FILE: your weights (safetensors, or a state_dict saved by torch)
     seed: int = 0
-    cache: str = "~/.cache/stillroom"
+    cache: str | None = None  # folder of trained teachers; None: $STILLROOM_CACHE, or else ~/.cache/stillroom
 
     def __post_init__(self) -> None:
         check_choices(self, "teachers")
@@ -158,9 +159,12 @@ def cache_entry(name: str, real: RealData, config: TeachersConfig, plan: Plan) -
     return cache_root(config.cache) / "teachers" / folder
 
 
-def cache_root(cache: str) -> Path:
-    """Return the cache folder: the environment variable STILLROOM_CACHE has the last word."""
-    return Path(os.environ.get("STILLROOM_CACHE") or cache).expanduser()
+def cache_root(cache: str | None) -> Path:
+    """Return the cache folder: `cache` where it is given, or the environment variable STILLROOM_CACHE, or the default.
+
+    What is said for one command wins over what was set for all.
+    """
+    return Path(cache or os.environ.get("STILLROOM_CACHE") or "~/.cache/stillroom").expanduser()
 
 
 def _train_or_load(name: str, real: RealData, config: TeachersConfig, plan: Plan, run: Run) -> Teacher:
@@ -290,7 +294,7 @@ def chance_of_guessing(right: int, count: int, chance: float) -> float:
     return min(1.0, sum(math.exp(log_probability(k)) for k in range(right, count + 1)))
 
 
-def list_cache(cache: str) -> list[tuple[Path, int, str]]:
+def list_cache(cache: str | None = None) -> list[tuple[Path, int, str]]:
     """Return (folder, bytes, what it is) of every cached teacher, finished or not."""
     rows = []
     for entry in sorted((cache_root(cache) / "teachers").glob("*/")):
@@ -301,7 +305,7 @@ def list_cache(cache: str) -> list[tuple[Path, int, str]]:
     return rows
 
 
-def empty_cache(cache: str) -> None:
+def empty_cache(cache: str | None = None) -> None:
     """Delete every cached teacher."""
     for entry, _, _ in list_cache(cache):
         shutil.rmtree(entry)

@@ -134,6 +134,21 @@ def test_squeeze_trains_the_teachers_that_distill_and_run_go_on_from(
     assert "toynet" not in out
 
 
+def test_a_cache_given_by_flag_is_the_one_that_is_used_and_cleaned(
+    toy_recipe: Recipe, tell: Told, tmp_path: Path, own_cache: Path
+) -> None:
+    cache = tmp_path / "teachers of mine"
+    code, _, err = tell("squeeze", "toy", "--out", tmp_path / "run", "--teachers.cache", cache)
+    assert (code, err) == (0, "")
+    assert not list(own_cache.iterdir())
+    assert "toynet" not in tell("clean")[1]
+    assert "toynet-toy-" in tell("clean", "--cache", cache)[1]
+    assert "deleted 1 teachers" in tell("clean", "--cache", cache, "--yes")[1]
+    assert "toynet" not in tell("clean", "--cache", cache)[1]
+    for words in (["--help"], ["clean", "--help"], ["squeeze", "--help"], ["evaluate", "--help"]):
+        assert "STILLROOM_CACHE" in tell(*words)[1]
+
+
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 

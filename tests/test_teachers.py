@@ -22,6 +22,7 @@ from stillroom.run import Run
 from stillroom.teachers import (
     TeachersConfig,
     cache_entry,
+    cache_root,
     chance_of_guessing,
     check_above_chance,
     empty_cache,
@@ -108,14 +109,29 @@ def test_the_cache_key_does_not_change_with_what_leaves_the_weights_alone(toy: R
     assert json.dumps(teacher_key("toynet", toy, QUICK, plan))  # it is kept as JSON beside the weights
 
 
+def test_a_cache_that_is_named_wins_over_the_environment_which_wins_over_the_default(
+    toy: RealData, plan: Plan, toynet: str, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cache_root(str(tmp_path)) == tmp_path
+    assert cache_root(None) == own_cache
+    load_teachers(toy, replace(QUICK, cache=str(tmp_path)), plan, Run())
+    assert len(list_cache(str(tmp_path))) == 1
+    assert list_cache() == []
+    assert cache_root("~/mine") == Path.home() / "mine"
+    monkeypatch.setenv("STILLROOM_CACHE", "")
+    assert cache_root(None) == Path.home() / ".cache" / "stillroom"
+    monkeypatch.delenv("STILLROOM_CACHE")
+    assert cache_root(None) == Path.home() / ".cache" / "stillroom"
+
+
 def test_an_interrupted_training_goes_on_from_the_cache_in_another_run(
     toy: RealData, plan: Plan, toynet: str, monkeypatch: pytest.MonkeyPatch, own_cache: Path
 ) -> None:
     (whole,) = load_teachers(toy, QUICK, plan, Run())
-    empty_cache("")
+    empty_cache()
     with pytest.raises(TimeLimitReached):
         load_teachers(toy, QUICK, plan, Run(time_limit=0.0))
-    ((entry, _, text),) = list_cache("")
+    ((entry, _, text),) = list_cache()
     assert text == "unfinished"
     checkpoint = entry / "checkpoint.safetensors"
     assert checkpoint.exists()
@@ -180,7 +196,7 @@ def test_weights_of_the_users_own_are_taken_from_every_common_kind_of_file(
     assert teacher.hash == hash_weights(trained)
     assert teacher.source == f"file {name}"
     assert teacher.accuracy["top1"] > 0.8
-    assert list_cache("") == []
+    assert list_cache() == []
 
 
 def test_weights_that_do_not_fit_are_refused_with_every_key_that_is_wrong(
@@ -275,7 +291,7 @@ def test_imagenet_weights_are_refused_for_other_classes(toy: RealData, plan: Pla
 
 def test_a_damaged_cache_entry_is_refused_with_the_folder_to_delete(toy: RealData, plan: Plan, toynet: str) -> None:
     load_teachers(toy, QUICK, plan, Run())
-    ((entry, _, _),) = list_cache("")
+    ((entry, _, _),) = list_cache()
     tensors = safetensors.torch.load_file(entry / "weights.safetensors")
     tensors["0.weight"][0, 0, 0, 0] += 1
     safetensors.torch.save_file(tensors, entry / "weights.safetensors")
@@ -288,15 +304,15 @@ def test_a_damaged_cache_entry_is_refused_with_the_folder_to_delete(toy: RealDat
 
 
 def test_the_cache_is_listed_with_sizes_and_emptied(toy: RealData, plan: Plan, toynet: str, own_cache: Path) -> None:
-    assert list_cache("") == []
+    assert list_cache() == []
     (teacher,) = load_teachers(toy, QUICK, plan, Run())
-    ((entry, size, text),) = list_cache("")
+    ((entry, size, text),) = list_cache()
     assert entry.parent == own_cache / "teachers"
     assert size == sum(f.stat().st_size for f in entry.iterdir())
     assert size > 4 * sum(p.numel() for p in teacher.model.parameters())
     assert text == f"top-1 {teacher.accuracy['top1']:.1%}"
-    empty_cache("")
-    assert list_cache("") == []
+    empty_cache()
+    assert list_cache() == []
 
 
 def test_the_hash_of_weights_sees_names_shapes_types_and_every_buffer() -> None:
