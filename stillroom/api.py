@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from stillroom import data, teachers
 from stillroom.compute import ComputeConfig, Plan, resolve_plan
@@ -14,6 +14,7 @@ from stillroom.errors import StillroomError, suggest
 from stillroom.evaluate import Evaluation, StudentConfig
 from stillroom.evaluate import evaluate as evaluate_students
 from stillroom.labels import attach_labels
+from stillroom.manifest import ImageEncoding
 from stillroom.methods import METHODS
 from stillroom.run import Run
 from stillroom.teachers import Teacher, TeachersConfig
@@ -45,13 +46,15 @@ def distill(
     ipc: int,
     *,
     labels: str = "static",
+    image_encoding: ImageEncoding | Literal["auto"] = "auto",
     seed: int = 0,
     compute: ComputeConfig | None = None,
     **settings: Any,
 ) -> DistilledSet:
     """Distil `real` to `ipc` images per class by a method of METHODS and label the result.
 
-    labels: "hard", "static" or "dynamic"; `settings` are the method's own (InferConfig, ...).
+    labels: "hard", "static" or "dynamic"; image_encoding: see `DistilledSet.with_image_encoding`; `settings` are the
+    method's own (InferConfig, ...).
     """
     kinds = ("hard", "static", "dynamic")
     if labels not in kinds:
@@ -61,7 +64,8 @@ def distill(
     config_type, function = METHODS[method]
     plan, run = _plan(compute, real.classes * real.image_size**2), Run()
     config = _with(config_type(), settings, f"distill({method!r})")
-    return attach_labels(function(real, teachers, ipc, config, seed, plan, run), labels, teachers, plan, run)
+    distilled = function(real, teachers, ipc, config, seed, plan, run).with_image_encoding(image_encoding)
+    return attach_labels(distilled, labels, teachers, plan, run)
 
 
 def evaluate(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from stillroom.errors import StillroomError
 from stillroom.files import read_bytes, remove_if_there, sha256_bytes, write_atomic
-from stillroom.manifest import CARD_ROLES, MANIFEST_NAME, FileFacts, Manifest, encode_manifest
+from stillroom.manifest import CARD_ROLES, MANIFEST_NAME, FileFacts, ImageEncoding, Manifest, encode_manifest
 
 ROWS_AT_ONCE = 1000  # of a parquet row group: arrow's binary columns end at 2 GiB
 OWN_DATA_FILE = re.compile(r"(images|compensators|labels)-[0-9a-f]{12}\.(parquet|safetensors)")
@@ -71,8 +71,8 @@ def read_part(folder: Path, role: str, facts: FileFacts) -> bytes:
     raise StillroomError(problems[0] + hint)
 
 
-def encode_images(images: Tensor, labels: Tensor, slots: Tensor, class_names: Sequence[str]) -> bytes:
-    """A parquet file of PNG images (uint8 [n, 3, height, width]) with label and slot (int64 [n]).
+def encode_images(files: Sequence[bytes], labels: Tensor, slots: Tensor, class_names: Sequence[str]) -> bytes:
+    """A parquet file of encoded images, one of `files` each, with label and slot (int64 [n]).
 
     Its schema carries the features that Hugging Face `datasets` looks for, so that class names show there.
     """
@@ -88,9 +88,9 @@ def encode_images(images: Tensor, labels: Tensor, slots: Tensor, class_names: Se
     )
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
-        for rows in torch.arange(len(images)).split(ROWS_AT_ONCE):
-            chunk = slice(int(rows[0]), int(rows[-1]) + 1)
-            encoded = [{"bytes": _png(image), "path": None} for image in images[chunk].cpu()]
+        for first in range(0, len(files), ROWS_AT_ONCE):
+            chunk = slice(first, first + ROWS_AT_ONCE)
+            encoded = [{"bytes": file, "path": None} for file in files[chunk]]
             columns = [
                 pa.array(encoded, image_type),
                 pa.array(labels[chunk].tolist(), pa.int64()),
@@ -100,8 +100,10 @@ def encode_images(images: Tensor, labels: Tensor, slots: Tensor, class_names: Se
     return bytes(sink.getvalue())
 
 
-def decode_images(content: bytes, facts: FileFacts, size: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, labels and slots of encode_images, at `size` (height, width).
+def decode_images(
+    content: bytes, facts: FileFacts, size: tuple[int, ...], encoding: ImageEncoding
+) -> tuple[Tensor, Tensor, Tensor, tuple[bytes, ...]]:
+    """Images, labels and slots of encode_images, at `size` (height, width), and the encoded images themselves.
 
     Raises ValueError, or whatever the parsers raise, for a file that is not as `facts` say.
     """
@@ -113,22 +115,33 @@ def decode_images(content: bytes, facts: FileFacts, size: tuple[int, ...]) -> tu
     images = torch.empty(rows, 3, height, width, dtype=torch.uint8)
     labels: list[int] = []
     slots: list[int] = []
+    files: list[bytes] = []
     for batch in file.iter_batches(ROWS_AT_ONCE, columns=["image", "label", "slot"]):
-        start = len(labels)
         labels += batch.column("label").to_pylist()
         slots += batch.column("slot").to_pylist()
-        for index, png in enumerate(batch.column("image").field("bytes").to_pylist(), start):
-            with Image.open(io.BytesIO(png), formats=["PNG"]) as picture:
-                if picture.size != (width, height) or picture.mode != "RGB":
-                    raise ValueError(f"image {index} is {picture.mode} of (width, height) {picture.size}")
-                images[index] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    return images, torch.tensor(labels, dtype=torch.int64), torch.tensor(slots, dtype=torch.int64)
+        for image in batch.column("image").field("bytes").to_pylist():
+            images[len(files)] = decode_picture(image, encoding, (width, height))
+            files.append(image)
+    return images, torch.tensor(labels, dtype=torch.int64), torch.tensor(slots, dtype=torch.int64), tuple(files)
 
 
-def _png(image: Tensor) -> bytes:
+def encode_picture(image: Tensor, encoding: ImageEncoding) -> bytes:
+    """One image file of a uint8 image [3, height, width]."""
     buffer = io.BytesIO()
-    Image.fromarray(to_pixels(image)).save(buffer, "PNG", optimize=True)
+    picture = Image.fromarray(to_pixels(image))
+    if encoding == "png":
+        picture.save(buffer, "PNG", optimize=True)
+    else:
+        picture.save(buffer, "JPEG", quality=int(encoding.removeprefix("jpeg")), subsampling=0, optimize=True)
     return buffer.getvalue()
+
+
+def decode_picture(content: bytes, encoding: ImageEncoding, size: tuple[int, int]) -> Tensor:
+    """uint8 [3, height, width] of an image file of `size` (width, height). Raises ValueError where it is another."""
+    with Image.open(io.BytesIO(content), formats=["PNG" if encoding == "png" else "JPEG"]) as picture:
+        if picture.size != size or picture.mode != "RGB":
+            raise ValueError(f"an image is {picture.mode} of (width, height) {picture.size}")
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def _staged_name(facts: FileFacts) -> str:

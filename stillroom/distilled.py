@@ -5,7 +5,7 @@
         ...
 
 The folder (manifest.json names the files and their SHA-256; see manifest.py) opens without this module: images are PNG
-in a parquet file, compensators and labels are safetensors. Nothing here needs a teacher or training code.
+or JPEG in a parquet file, compensators and labels are safetensors. Nothing here needs a teacher or training code.
 """
 
 from __future__ import annotations
@@ -24,13 +24,33 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stillroom.artifact import decode_images, encode_images, read_part, to_pixels, write_version
+from stillroom.artifact import (
+    decode_images,
+    decode_picture,
+    encode_images,
+    encode_picture,
+    read_part,
+    to_pixels,
+    write_version,
+)
 from stillroom.card import Budget, budget_of, build_card, build_contact_sheet
 from stillroom.errors import StillroomError
 from stillroom.files import parse_tensors, sha256_bytes, tensor_bytes
-from stillroom.manifest import CARD_ROLES, MANIFEST_NAME, FileFacts, LabelKind, Manifest, file_name, read_manifest
+from stillroom.manifest import (
+    CARD_ROLES,
+    MANIFEST_NAME,
+    FileFacts,
+    ImageEncoding,
+    LabelKind,
+    Manifest,
+    file_name,
+    read_manifest,
+)
 
 JPEG_QUALITY = 75  # what the published scripts save their views with
+
+# Larger images are stored with loss: of photographs at 224 pixels PNG takes 2.8 times what JPEG 95 does (docs/log.md).
+LOSSLESS_UP_TO = 64
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -111,7 +131,8 @@ class DistilledSet:
     """Images, compensators and labels of one distilled set, all on one device.
 
     images uint8 [n, 3, height, width] (naturals, or another method's images); labels int64 [n]; slots int64 [n], the
-    index of each image within its class; soft_labels float16 [views, classes], logits in the order of `view_table`.
+    index of each image within its class; soft_labels float16 [views, classes], logits in the order of `view_table`;
+    `image_files`: the images as they are stored, where that loses something (see `with_image_encoding`), else None.
     Raises StillroomError where the parts contradict each other or the manifest.
     """
 
@@ -121,6 +142,7 @@ class DistilledSet:
     compensators: StoredCompensators | None
     soft_labels: Tensor | None
     manifest: Manifest
+    image_files: tuple[bytes, ...] | None = None
 
     def __post_init__(self) -> None:
         manifest, count, stored = self.manifest, len(self.images), self.compensators
@@ -128,6 +150,12 @@ class DistilledSet:
         _require(
             self.images.dtype == torch.uint8 and list(self.images.shape) == expected and count > 0,
             f"images are {self.images.dtype} {list(self.images.shape)}, but must be uint8 {expected}, at least one.",
+        )
+        _require(
+            (self.image_files is None) == (manifest.image_encoding == "png")
+            and (self.image_files is None or len(self.image_files) == count),
+            f"image_encoding is {manifest.image_encoding!r}, but the encoded images are not there: use "
+            "with_image_encoding.",
         )
         slot_count = 2**63 - 1 if stored is None else stored.codes.shape[1]
         limits = {"labels": (self.labels, len(manifest.class_names)), "slots": (self.slots, slot_count)}
@@ -215,6 +243,32 @@ class DistilledSet:
         stored = None if soft_labels is None else soft_labels.detach().to(self.images.device, torch.float16)
         manifest = dataclasses.replace(self.manifest, label_kind=label_kind, files={})
         return dataclasses.replace(self, soft_labels=stored, manifest=manifest)
+
+    def with_image_encoding(self, encoding: ImageEncoding | Literal["auto"]) -> DistilledSet:
+        """The same set with its images as a file of this encoding leaves them: "png" loses nothing, "jpeg95" a little.
+
+        "auto": png up to 64 pixels, jpeg95 above. Soft labels were made from the views before, so they go: label the
+        set again. Raises StillroomError for images that have lost something already, in another encoding.
+        """
+        if encoding == "auto":
+            encoding = "png" if max(self.manifest.image_size) <= LOSSLESS_UP_TO else "jpeg95"
+        if encoding == self.manifest.image_encoding:
+            return self
+        _require(
+            self.image_files is None,
+            f"the images are stored as {self.manifest.image_encoding}; encode the originals as {encoding} instead.",
+        )
+        height, width = self.manifest.image_size
+        files = tuple(encode_picture(image, encoding) for image in self.images.cpu())
+        images = torch.stack([decode_picture(file, encoding, (width, height)) for file in files])
+        label_kind = "hard" if self.manifest.label_kind == "static" else self.manifest.label_kind
+        return dataclasses.replace(
+            self,
+            images=images.to(self.images.device),
+            image_files=files,
+            soft_labels=None,
+            manifest=dataclasses.replace(self.manifest, image_encoding=encoding, label_kind=label_kind, files={}),
+        )
 
     def to(self, device: torch.device | str) -> DistilledSet:
         """The same set on another device."""
@@ -382,7 +436,8 @@ def _describe(distilled: DistilledSet, contents: dict[str, bytes]) -> dict[str, 
 
 def _encode_parts(distilled: DistilledSet) -> dict[str, bytes]:
     stored, class_names = distilled.compensators, distilled.manifest.class_names
-    contents = {"images": encode_images(distilled.images, distilled.labels, distilled.slots, class_names)}
+    files = distilled.image_files or [encode_picture(image, "png") for image in distilled.images.cpu()]
+    contents = {"images": encode_images(files, distilled.labels, distilled.slots, class_names)}
     if stored is not None:
         tensors = {"compensators": stored.codes} | ({} if stored.scale is None else {"scale": stored.scale})
         contents["compensators"] = tensor_bytes(tensors, {"units": "pixels in [0, 1]"}, "the compensators")
@@ -397,7 +452,10 @@ def _decode(folder: Path, manifest: Manifest, contents: dict[str, bytes]) -> Dis
     compensators, soft_labels = None, None
     path = folder / manifest.files["images"].name
     try:
-        images, labels, slots = decode_images(contents["images"], manifest.files["images"], manifest.image_size)
+        encoding = manifest.image_encoding
+        images, labels, slots, image_files = decode_images(
+            contents["images"], manifest.files["images"], manifest.image_size, encoding
+        )
         if "compensators" in contents:
             path = folder / manifest.files["compensators"].name
             tensors, _ = parse_tensors(contents["compensators"], path)
@@ -409,7 +467,8 @@ def _decode(folder: Path, manifest: Manifest, contents: dict[str, bytes]) -> Dis
     except Exception as error:  # the parsers raise many classes, all of which mean the same
         raise StillroomError(f"{path} does not hold what the manifest says ({error}): save the set again.") from error
     try:
-        distilled = DistilledSet(images, labels, slots, compensators, soft_labels, manifest)
+        kept = None if encoding == "png" else image_files
+        distilled = DistilledSet(images, labels, slots, compensators, soft_labels, manifest, kept)
     except StillroomError as error:
         raise StillroomError(f"{folder}: {error}") from error
     _require(

@@ -30,6 +30,7 @@ LIBRARIES = ("stillroom", "torch", "torchvision", "timm", "numpy", "pillow", "py
 
 LabelKind = Literal["hard", "static", "dynamic"]
 ViewEncoding = Literal["exact", "jpeg75"]
+ImageEncoding = Literal["png", "jpeg95", "jpeg90", "jpeg75"]  # lossless, or JPEG of a quality, colours not subsampled
 Resize = Literal["refuse", "squash", "crop"]
 
 # Keys that manifests of this schema version may lack, since they came later; their defaults say what was meant.
@@ -171,7 +172,8 @@ class Manifest:
     `recipe` holds the resolved settings of the method and `extra` anything else that JSON can hold and that reading
     the set does not depend on. `class_names` stand in label order, `image_size` is (height, width), `ipc` the budget in
     images per class. `label_kind`: "hard" (the class), "static" (soft labels stored, one per view) or "dynamic"
-    (teachers label every augmented batch). Raises StillroomError for values that no distilled set can have.
+    (teachers label every augmented batch). `image_encoding` is how the image files are compressed. Raises
+    StillroomError for values that no distilled set can have.
     """
 
     method: str
@@ -186,7 +188,7 @@ class Manifest:
     views: ViewSettings = ViewSettings()
     label_kind: LabelKind = "hard"
     pixel_encoding: Literal["uint8"] = "uint8"
-    image_encoding: Literal["png"] = "png"
+    image_encoding: ImageEncoding = "png"
     libraries: dict[str, str] = field(default_factory=library_versions)
     extra: dict[str, Any] = field(default_factory=dict)
     files: dict[str, FileFacts] = field(default_factory=dict)
@@ -213,6 +215,7 @@ class Manifest:
             ("label_kind", self.label_kind, LabelKind),
             ("views.view_encoding", self.views.view_encoding, ViewEncoding),
             ("dataset.resize", self.dataset.resize, Resize),
+            ("image_encoding", self.image_encoding, ImageEncoding),
         ):
             _require(value in get_args(kind), f"{name} {value!r} is not known." + suggest(str(value), get_args(kind)))
         for role, facts in self.files.items():

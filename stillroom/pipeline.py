@@ -104,6 +104,7 @@ def distill_recipe(recipe: Recipe, run: Run, real: RealData, teachers: list[Teac
     _, distill = METHODS[recipe.method]
     config = recipe.infer if recipe.method == "infer" else METHODS[recipe.method][0]()
     distilled = distill(real, teachers, recipe.ipc, config, recipe.distill_seed, plan, run)
+    distilled = distilled.with_image_encoding(recipe.image_encoding)
     kind = next((k for k in recipe.labels if k == "static"), recipe.labels[0])
     distilled = attach_labels(distilled, kind, teachers, plan, run, f"labels-{recipe.method}")
     if run.directory is not None:
@@ -177,6 +178,7 @@ def build_cells(
         if method != "random":
             config, distill = METHODS["random"]
             random = distill(real, teachers, recipe.ipc, config(), recipe.distill_seed, plan, run)
+            random = random.with_image_encoding(recipe.image_encoding)
             sets["random"] = replace(random, manifest=replace(random.manifest, views=views))
     cells: list[Cell] = []
     for labels in recipe.labels:

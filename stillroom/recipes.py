@@ -30,6 +30,9 @@ class Recipe:
     method: Literal["infer", "random"] = "infer"
     ipc: int = 10  # the budget, in images per class; compensators count as images
     infer: InferConfig = field(default_factory=InferConfig)
+    image_encoding: Literal["auto", "png", "jpeg95", "jpeg90", "jpeg75"] = (
+        "auto"  # of stored images; auto: png to 64 px
+    )
     labels: tuple[Labels, ...] = ("static",)  # kinds of label that students are trained with, each a row of the table
     student: StudentConfig = field(default_factory=StudentConfig)
     seeds: tuple[int, ...] = (0, 1, 2)  # of the students

@@ -266,6 +266,40 @@ def test_a_set_without_compensators_is_loaded_bit_for_bit(tmp_path: Path) -> Non
     assert_same(load_distilled(tmp_path), distilled)
 
 
+@pytest.mark.parametrize("encoding", ["jpeg95", "jpeg90", "jpeg75"])
+def test_images_stored_as_jpeg_are_trained_on_and_labelled_as_they_are_read_back(tmp_path: Path, encoding: Any) -> None:
+    plain = build_set()
+    lossy = plain.with_image_encoding(encoding)
+    assert lossy.manifest.image_encoding == encoding
+    assert lossy.manifest.label_kind == "hard"  # labels of other views are worth nothing
+    buffer = io.BytesIO()
+    pixels = plain.images[3].permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=int(encoding[4:]), subsampling=0)
+    assert np.array_equal(lossy.images[3].permute(1, 2, 0).numpy(), np.array(Image.open(buffer)))
+    lossy.save(tmp_path / "set")
+    loaded = load_distilled(tmp_path / "set")
+    assert_same(loaded, lossy)
+    loaded.with_labels(torch.zeros(loaded.view_count, len(CLASSES))).save(tmp_path / "set")  # no second loss
+    assert torch.equal(load_distilled(tmp_path / "set").images, lossy.images)
+    with pytest.raises(StillroomError, match=f"stored as {encoding}; encode the originals as png instead"):
+        loaded.with_image_encoding("png")
+
+
+def test_images_up_to_64_pixels_lose_nothing_and_larger_ones_little() -> None:
+    plain = build_set()
+    assert plain.with_image_encoding("auto") is plain
+    large = dataclasses.replace(
+        plain,
+        images=torch.full((len(plain.images), 3, 72, 72), 9, dtype=torch.uint8),
+        compensators=None,
+        soft_labels=None,
+        manifest=build_manifest(image_size=(72, 72), label_kind="hard"),
+    )
+    assert large.with_image_encoding("auto").manifest.image_encoding == "jpeg95"
+    with pytest.raises(StillroomError, match="image_encoding is 'jpeg95', but the encoded images are not there"):
+        dataclasses.replace(large, manifest=dataclasses.replace(large.manifest, image_encoding="jpeg95"))
+
+
 def test_more_images_than_a_row_group_are_loaded_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artifact, "ROWS_AT_ONCE", 5)
     distilled = build_set()
