@@ -190,7 +190,7 @@ def squeeze_command(words: list[str]) -> int:
     with _open_run(command) as run:
         real, plan = open_stages(dataclasses.replace(command.settings, controls=False), run)
         teachers = load_teachers(real, command.settings.teachers, plan, run)
-    show_teachers(real.name, teachers)
+    show_teachers(real, teachers)
     return OK
 
 
@@ -246,7 +246,7 @@ def evaluate_command(words: list[str]) -> int:
         result = evaluate(distilled, real, command.student, command.seeds, plan, run, teachers=teachers)
         if command.out is not None:
             write_json(command.out / "results.json", {"evaluation": asdict(result), "provenance": provenance(plan)})
-    show_evaluation(real.name, result)
+    show_evaluation(real, command.student, result)
     return OK
 
 

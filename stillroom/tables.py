@@ -9,9 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
+from stillroom.data import RealData
 from stillroom.distilled import count_bytes, load_distilled
 from stillroom.estimate import Stage
-from stillroom.evaluate import Evaluation
+from stillroom.evaluate import Evaluation, StudentConfig
 from stillroom.recipes import EXPECTED, Recipe
 from stillroom.teachers import Teacher
 
@@ -24,12 +25,14 @@ def show_results(results: dict[str, Any]) -> None:
     data, paper = results["dataset"], results["paper"]
     title = f"{data['name']}, {results['ipc']} images per class, student {results['student']}"
     table = Table("set", "labels", "budget", "steps", "top-1", "top-5", "best", "paper", title=title)
+    every_epochs = results["settings"]["student"]["measure_every_epochs"]
     method = {c["labels"]: c for c in results["cells"] if c["budget"] == "own"}
     for cell in results["cells"]:
         expected = paper.get(cell["labels"]) if cell["budget"] == "own" else None
         table.add_row(
             cell["set"], cell["labels"], cell["budget"], f"{cell['steps']:,}", _spread(cell["top1"]),
-            _spread(cell["top5"]), f"{max(cell['best']):.1f}", "-" if expected is None else f"{expected:.1f}",
+            _top5(_spread(cell["top5"]), data["classes"]), _best(cell["best"], every_epochs),
+            "-" if expected is None else f"{expected:.1f}",
             style="bold" if cell["budget"] == "own" else None,
         )  # fmt: skip
     console.print(table)
@@ -47,21 +50,22 @@ def show_results(results: dict[str, Any]) -> None:
             )
 
 
-def show_teachers(dataset: str, teachers: list[Teacher]) -> None:
+def show_teachers(real: RealData, teachers: list[Teacher]) -> None:
     """Print how good the teachers of a dataset are."""
-    table = Table("teacher", "top-1", "top-5", "weights", title=f"Teachers of {dataset}")
+    table = Table("teacher", "top-1", "top-5", "weights", title=f"Teachers of {real.name}")
     for teacher in teachers:
         top1, top5 = (f"{100 * teacher.accuracy[k]:.1f} %" for k in ("top1", "top5"))
-        table.add_row(teacher.name, top1, top5, teacher.hash[:12])
+        table.add_row(teacher.name, top1, _top5(top5, real.classes), teacher.hash[:12])
     console.print(table)
 
 
-def show_evaluation(dataset: str, result: Evaluation) -> None:
-    """Print what students reached."""
-    table = Table("student", "labels", "steps", "top-1", "top-5", "best top-1", "label bytes", title=dataset)
+def show_evaluation(real: RealData, student: StudentConfig, result: Evaluation) -> None:
+    """Print what students reached on a dataset."""
+    table = Table("student", "labels", "steps", "top-1", "top-5", "best top-1", "label bytes", title=real.name)
+    top1, top5, best = ([100 * v for v in values] for values in (result.top1, result.top5, result.best))
     table.add_row(
-        result.network, result.labels, f"{result.steps:,}", _spread([100 * v for v in result.top1]),
-        _spread([100 * v for v in result.top5]), f"{100 * max(result.best):.1f}", f"{result.label_bytes:,}",
+        result.network, result.labels, f"{result.steps:,}", _spread(top1), _top5(_spread(top5), real.classes),
+        _best(best, student.measure_every_epochs), f"{result.label_bytes:,}",
     )  # fmt: skip
     console.print(table)
 
@@ -134,6 +138,16 @@ def _spread(values: list[float]) -> str:
     mean = sum(values) / len(values)
     std = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else 0.0
     return f"{mean:.1f} ± {std:.1f}"
+
+
+def _top5(text: str, classes: int) -> str:
+    # Five guesses among five classes or fewer are always right.
+    return text if classes > 5 else "-"
+
+
+def _best(values: list[float], measure_every_epochs: int) -> str:
+    # Measured after training only, the best is the last by another name.
+    return f"{max(values):.1f}" if measure_every_epochs else "-"
 
 
 def _bytes(count: float) -> str:
