@@ -21,7 +21,6 @@ from torch import Tensor
 from stillroom.compute import ComputeConfig, Plan, resolve_plan
 from stillroom.data import DataConfig, RealData, load_real
 from stillroom.distilled import DistilledSet, count_bytes, load_distilled, quantize_compensators
-from stillroom.evaluate import evaluate
 from stillroom.files import load_tensors, write_json
 from stillroom.labels import attach_labels
 from stillroom.manifest import ImageEncoding
@@ -29,6 +28,7 @@ from stillroom.methods.infer import recover_compensators
 from stillroom.pipeline import provenance
 from stillroom.recipes import Recipe, find_recipe
 from stillroom.run import Run
+from stillroom.students import evaluate
 from stillroom.teachers import Teacher, load_teachers
 
 

@@ -38,10 +38,10 @@ from torchvision import transforms
 from stillroom.compute import ComputeConfig, Plan, build_generator, resolve_plan
 from stillroom.data import RealData
 from stillroom.distilled import DistilledSet, quantize_compensators
-from stillroom.evaluate import CIFAR_STUDENT, build_draws, soft_label_loss
 from stillroom.manifest import ViewSettings
 from stillroom.methods.select import describe_set, draw_naturals, take_naturals
 from stillroom.networks import build_network
+from stillroom.students import CIFAR_STUDENT, build_draws, soft_label_loss
 from stillroom.teachers import Teacher
 from stillroom.train import build_optimizer
 

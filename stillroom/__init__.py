@@ -35,10 +35,7 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'stillroom' has no attribute {name!r}")
-    home = importlib.import_module(f"stillroom.{_HOME[name]}")
-    # Bound for good: importing stillroom.api also imports the module stillroom.evaluate, which would hide the function.
-    globals().update({other: getattr(home, other) for other, place in _HOME.items() if place == _HOME[name]})
-    return globals()[name]
+    return getattr(importlib.import_module(f"stillroom.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

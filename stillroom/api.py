@@ -11,12 +11,12 @@ from stillroom.compute import ComputeConfig, Plan, resolve_plan
 from stillroom.data import DataConfig, RealData
 from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError, suggest
-from stillroom.evaluate import Evaluation, StudentConfig
-from stillroom.evaluate import evaluate as evaluate_students
 from stillroom.labels import attach_labels
 from stillroom.manifest import ImageEncoding
 from stillroom.methods import METHODS
 from stillroom.run import Run
+from stillroom.students import Evaluation, StudentConfig
+from stillroom.students import evaluate as evaluate_students
 from stillroom.teachers import Teacher, TeachersConfig
 from stillroom.train import TrainConfig
 

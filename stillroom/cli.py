@@ -33,12 +33,12 @@ from stillroom.data import DataConfig, load_real
 from stillroom.distilled import load_distilled, verify_distilled
 from stillroom.errors import StillroomError, TimeLimitReached, suggest
 from stillroom.estimate import estimate_recipe
-from stillroom.evaluate import StudentConfig, check_matches, evaluate
 from stillroom.files import write_json
 from stillroom.pipeline import bound_settings, distill_recipe, open_stages, provenance, relabel, run_recipe
 from stillroom.recipes import RECIPES, Recipe, find_recipe
 from stillroom.run import Run
 from stillroom.settings import parse_duration, parse_words, read_config, to_yaml
+from stillroom.students import StudentConfig, check_matches, evaluate
 from stillroom.tables import (
     print_where,
     show_budget,

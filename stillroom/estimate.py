@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from stillroom.compute import Plan, resolve_plan
 from stillroom.data import RealData, load_real
-from stillroom.evaluate import soft_label_loss
 from stillroom.labels import dynamic_label_bytes
 from stillroom.methods.infer import slot_count
 from stillroom.methods.recover import Objective, Recorder, build_objective
 from stillroom.networks import build_network
 from stillroom.pipeline import check_recipe
 from stillroom.recipes import Recipe
+from stillroom.students import soft_label_loss
 from stillroom.teachers import cache_entry
 
 TIMED_STEPS = 3

@@ -19,7 +19,6 @@ from stillroom.compute import Plan, resolve_plan
 from stillroom.data import RealData, load_real
 from stillroom.distilled import DistilledSet, count_bytes, load_distilled
 from stillroom.errors import StillroomError
-from stillroom.evaluate import Evaluation, evaluate, steps_for
 from stillroom.files import write_json
 from stillroom.labels import attach_labels
 from stillroom.manifest import library_versions
@@ -27,6 +26,7 @@ from stillroom.methods import METHODS, infer
 from stillroom.networks import build_network
 from stillroom.recipes import EXPECTED, RECIPES, Recipe
 from stillroom.run import Run
+from stillroom.students import Evaluation, evaluate, steps_for
 from stillroom.teachers import Teacher, check_config, load_teachers
 
 

@@ -13,8 +13,8 @@ from typing import Literal
 from stillroom.compute import ComputeConfig
 from stillroom.data import DataConfig
 from stillroom.errors import StillroomError, suggest
-from stillroom.evaluate import CIFAR_STUDENT, StudentConfig
 from stillroom.methods.infer import InferConfig
+from stillroom.students import CIFAR_STUDENT, StudentConfig
 from stillroom.teachers import TeachersConfig
 from stillroom.train import TrainConfig
 

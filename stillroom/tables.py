@@ -12,8 +12,8 @@ from rich.table import Column, Table
 from stillroom.data import RealData
 from stillroom.distilled import count_bytes, load_distilled
 from stillroom.estimate import Stage
-from stillroom.evaluate import Evaluation, StudentConfig
 from stillroom.recipes import EXPECTED, Recipe
+from stillroom.students import Evaluation, StudentConfig
 from stillroom.teachers import Teacher
 
 # Tables keep their columns where the output is a file or a narrow window; a terminal wraps the lines instead.

@@ -106,7 +106,7 @@ class Epochs:
     """In what batches `count` items are visited: shuffled anew each epoch, the incomplete last batch left out.
 
     Confessed: the published scripts keep the incomplete batch. One shape for all steps compiles once, and no batch
-    statistics come from a handful of images. Students are trained by steps that make up for it (`evaluate.steps_for`).
+    statistics come from a handful of images. Students are trained by steps that make up for it (`students.steps_for`).
     """
 
     count: int

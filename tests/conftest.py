@@ -15,10 +15,10 @@ from torch import nn
 from stillroom import cli
 from stillroom.compute import ComputeConfig, Plan, resolve_plan
 from stillroom.data import DataConfig, MemoryImages, RealData
-from stillroom.evaluate import StudentConfig
 from stillroom.methods.infer import InferConfig
 from stillroom.networks import NETWORKS, Network
 from stillroom.recipes import RECIPES, Recipe
+from stillroom.students import StudentConfig
 from stillroom.teachers import Teacher, TeachersConfig, hash_weights
 from stillroom.train import TrainConfig
 

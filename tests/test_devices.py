@@ -20,11 +20,11 @@ from conftest import TOY_CLASSES, TOY_SIZE, ToyNet, build_toy
 
 from stillroom.compute import Plan, build_generator
 from stillroom.distilled import DistilledSet, StoredCompensators
-from stillroom.evaluate import CIFAR_STUDENT, build_draws, soft_label_loss
 from stillroom.labels import attach_labels, compute_static_labels
 from stillroom.methods import infer
 from stillroom.methods.infer import InferConfig
 from stillroom.run import Run
+from stillroom.students import CIFAR_STUDENT, build_draws, soft_label_loss
 from stillroom.teachers import Teacher, TeachersConfig, train_teacher
 from stillroom.train import Epochs, fit, measure_accuracy
 

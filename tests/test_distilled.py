@@ -38,11 +38,11 @@ from stillroom.distilled import (
     verify_distilled,
 )
 from stillroom.errors import StillroomError
-from stillroom.evaluate import check_matches
 from stillroom.files import sha256_bytes
 from stillroom.manifest import Manifest, Normalization, RealFacts, TeacherFacts, ViewSettings
 from stillroom.methods.select import RandomConfig, distill_random
 from stillroom.run import Run
+from stillroom.students import check_matches
 
 CLASSES = ("ant", "bee", "crow", "déjà vu")
 SLOTS, TEACHERS, HEIGHT, WIDTH = 3, 2, 8, 10

@@ -20,7 +20,7 @@ LAYERS = (
     ("distilled", "train"),
     ("teachers",),
     ("labels", "methods.select", "methods.recover"),
-    ("methods.infer", "evaluate"),
+    ("methods.infer", "students"),
     ("methods", "recipes"),
     ("pipeline",),
     ("estimate", "api"),
@@ -32,10 +32,10 @@ HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 
 # Never, not even through others: module -> what it must not know.
 APART = {
-    "evaluate": ("methods", "recipes"),  # distillation and evaluation meet only in the artifact
+    "students": ("methods", "recipes"),  # distillation and evaluation meet only in the artifact
     "distilled": ("train", "teachers", "networks", "data", "run"),  # a set is read without training code
     "train": ("teachers", "distilled"),
-    "methods": ("labels", "evaluate"),
+    "methods": ("labels", "students"),
 }
 
 
@@ -94,7 +94,7 @@ def test_imports_go_one_way() -> None:
     ("module", "line", "problem"),
     [
         ("errors", "from stillroom.files import write_json", "errors imports files"),
-        ("evaluate", "from stillroom.methods import METHODS", "evaluate reaches methods"),
+        ("students", "from stillroom.methods import METHODS", "students reaches methods"),
         ("labels", "from stillroom.methods.select import draw_naturals", "labels imports methods.select"),
         ("card", "import stillroom.train", "distilled reaches train"),
         ("files", "def late():\n    from stillroom import networks", "distilled reaches networks"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 import torch
 from conftest import Finished, build_toy_recipe, write_toy_npz
 
-from stillroom import files, teachers
+from stillroom import files, students, teachers
 from stillroom import run as run_module
 from stillroom.compute import Plan
 from stillroom.data import RealData, load_real
@@ -28,8 +27,6 @@ from stillroom.pipeline import build_cells, run_recipe
 from stillroom.recipes import EXPECTED, RECIPES, Recipe, find_recipe, smoke
 from stillroom.run import Run
 from stillroom.teachers import Teacher
-
-evaluation = sys.modules["stillroom.evaluate"]  # the package has a function of this name
 
 
 def results_of(directory: Path) -> dict[str, Any]:
@@ -91,7 +88,7 @@ def test_a_second_time_nothing_is_computed_and_the_results_are_the_same(
 ) -> None:
     shutil.copytree(finished.directory, tmp_path / "run")
     monkeypatch.setenv("STILLROOM_CACHE", str(finished.directory.parent / "cache"))
-    for module, name in ((infer, "optimize_compensators"), (evaluation, "train_student"), (teachers, "fit")):
+    for module, name in ((infer, "optimize_compensators"), (students, "train_student"), (teachers, "fit")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("computed again"))
     with Run(tmp_path / "run") as run:
         results = run_recipe(finished.recipe, run, "toy")

@@ -9,7 +9,7 @@ import pytest
 from conftest import Finished, build_toy_teacher
 
 from stillroom.data import RealData
-from stillroom.evaluate import Evaluation, StudentConfig
+from stillroom.students import Evaluation, StudentConfig
 from stillroom.tables import show_evaluation, show_results, show_teachers
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +13,17 @@ import torch
 from conftest import TOY_CLASSES, build_toy_teacher
 from test_infer import numpy_forward
 
-from stillroom import augment
+from stillroom import augment, students
 from stillroom.compute import Plan, build_generator
 from stillroom.data import RealData
 from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError
-from stillroom.evaluate import (
+from stillroom.labels import attach_labels, dynamic_label_bytes, ensemble_logits
+from stillroom.methods import infer
+from stillroom.methods.infer import InferConfig
+from stillroom.methods.select import RandomConfig, distill_random
+from stillroom.run import Run
+from stillroom.students import (
     Evaluation,
     StudentConfig,
     build_draws,
@@ -30,15 +34,8 @@ from stillroom.evaluate import (
     steps_for,
     train_student,
 )
-from stillroom.labels import attach_labels, dynamic_label_bytes, ensemble_logits
-from stillroom.methods import infer
-from stillroom.methods.infer import InferConfig
-from stillroom.methods.select import RandomConfig, distill_random
-from stillroom.run import Run
 from stillroom.teachers import Teacher, hash_weights
 from stillroom.train import Epochs, TrainConfig
-
-evaluation_module = sys.modules["stillroom.evaluate"]  # the package has a function of this name
 
 PLAIN = TrainConfig(epochs=2, batch_size=8, optimizer="adamw", learning_rate=1e-2, crop_padding=0, flip=False)
 MIXED = replace(PLAIN, mixup_beta=0.8, crop_padding=1)
@@ -227,7 +224,7 @@ def test_the_last_epoch_is_reported_and_the_best_stands_only_beside_it(
     distilled: DistilledSet, toy: RealData, plan: Plan, toynet: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     curve = iter([0.3, 0.9, 0.5])
-    monkeypatch.setattr(evaluation_module, "measure_accuracy", lambda *_: {"top1": next(curve), "top5": 1.0})
+    monkeypatch.setattr(students, "measure_accuracy", lambda *_: {"top1": next(curve), "top5": 1.0})
     config = StudentConfig(toynet, replace(PLAIN, epochs=3), measure_every_epochs=1)
     result = evaluate(distilled, toy, config, (0,), plan, Run())
     assert result.top1 == (0.5,)
@@ -239,8 +236,8 @@ def test_the_test_split_is_looked_at_after_training_alone_unless_a_curve_is_aske
     distilled: DistilledSet, toy: RealData, plan: Plan, toynet: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[int] = []
-    measure = evaluation_module.measure_accuracy
-    monkeypatch.setattr(evaluation_module, "measure_accuracy", lambda *a: looks.append(0) or measure(*a))
+    measure = students.measure_accuracy
+    monkeypatch.setattr(students, "measure_accuracy", lambda *a: looks.append(0) or measure(*a))
     evaluate(distilled, toy, StudentConfig(toynet, PLAIN), (0,), plan, Run())
     assert len(looks) == 1
 
@@ -275,7 +272,7 @@ def test_sets_of_equal_size_are_visited_in_the_same_order_with_the_same_weights_
         seen.append((epochs.rows(1).tolist(), hash_weights(model)))
         return [{"top1": 0.5, "top5": 1.0, "seconds": 1.0}]
 
-    monkeypatch.setattr(evaluation_module, "fit", record)
+    monkeypatch.setattr(students, "fit", record)
     for made in (distilled, distilled.with_labels(None)):
         evaluate(made, toy, StudentConfig(toynet, PLAIN), (3,), plan, Run(), cell=made.manifest.label_kind)
     assert seen[0] == seen[1]
@@ -287,7 +284,7 @@ def test_a_finished_student_is_never_trained_again(
     config = StudentConfig(toynet, PLAIN)
     with Run(tmp_path / "run") as run:
         first = evaluate(distilled, toy, config, (0, 1), plan, run)
-    monkeypatch.setattr(evaluation_module, "train_student", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(students, "train_student", lambda *_: pytest.fail("trained again"))
     with Run(tmp_path / "run") as run:
         assert evaluate(distilled, toy, config, (0, 1), plan, run) == first
 
