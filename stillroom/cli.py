@@ -109,7 +109,7 @@ class RecipesCommand:
 
 @dataclass(frozen=True)
 class CleanCommand:
-    """Show the cached teachers; with --yes, delete them."""
+    """Show the cached teachers; with --yes, delete them, but for those that another process is training."""
 
     yes: bool = False  # delete
     cache: str | None = None  # folder of trained teachers; None: $STILLROOM_CACHE, or else ~/.cache/stillroom
@@ -282,8 +282,10 @@ def clean_command(words: list[str]) -> int:
     rows = list_cache(command.cache)
     show_cache(rows)
     if command.yes:
-        empty_cache(command.cache)
-        print(f"deleted {len(rows)} teachers")
+        deleted, kept = empty_cache(command.cache)
+        print(f"deleted {len(deleted)} teachers")
+        for entry in kept:
+            print(f"kept {entry.name}: another process is training it")
     elif rows:
         print("nothing was deleted; add --yes to delete them")
     return OK

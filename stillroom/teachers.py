@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import math
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -298,17 +299,29 @@ def list_cache(cache: str | None = None) -> list[tuple[Path, int, str]]:
     """Return (folder, bytes, what it is) of every cached teacher, finished or not."""
     rows = []
     for entry in sorted((cache_root(cache) / "teachers").glob("*/")):
-        size = sum(f.stat().st_size for f in entry.iterdir() if f.is_file())
+        size = 0
+        for file in entry.glob("*"):
+            with contextlib.suppress(FileNotFoundError):  # another process replaces its checkpoint meanwhile
+                size += file.stat().st_size
         done = entry / "teacher.json"
         text = f"top-1 {read_json(done)['accuracy']['top1']:.1%}" if done.exists() else "unfinished"
         rows.append((entry, size, text))
     return rows
 
 
-def empty_cache(cache: str | None = None) -> None:
-    """Delete every cached teacher."""
+def empty_cache(cache: str | None = None) -> tuple[list[Path], list[Path]]:
+    """Delete every cached teacher but those that another process is training; return the folders deleted and kept."""
+    deleted, kept = [], []
     for entry, _, _ in list_cache(cache):
-        shutil.rmtree(entry)
+        lock = _try_lock(entry)
+        if lock is None:
+            kept.append(entry)
+            continue
+        with lock:
+            # Out of the way at once: who waits for the lock begins anew in a folder that nobody is deleting.
+            shutil.rmtree(entry.rename(entry.with_name(f"{entry.name}.{secrets.token_hex(4)}.deleted")))
+        deleted.append(entry)
+    return deleted, kept
 
 
 def hash_weights(model: nn.Module) -> str:
@@ -351,22 +364,32 @@ def _checkpoint_files(config: TeachersConfig) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def _entry_lock(entry: Path, run: Run) -> Iterator[None]:
-    entry.mkdir(parents=True, exist_ok=True)
-    with open(entry / ".lock", "a") as lock:
-        try:
-            import fcntl
-        except ImportError:  # Windows: two runs at once may both train it; the later result replaces the equal earlier
-            yield
-            return
-        waited = False
-        while True:
+    """Keep other processes from training or deleting the cache entry; wait for one that does."""
+    waited = False
+    while (lock := _try_lock(entry)) is None:
+        if not waited:
+            run.notice(f"waiting for another process that trains teacher {entry.name}")
+        waited = True
+        run.check_time()
+        time.sleep(1)
+    with lock:
+        yield
+
+
+def _try_lock(entry: Path) -> contextlib.AbstractContextManager[Any] | None:
+    """Return the lock of the cache entry, whose folder is made if need be, or None where another process holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two runs at once may both train it; the later result replaces the equal earlier
+        return contextlib.nullcontext()
+    while True:
+        entry.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as opened, contextlib.suppress(FileNotFoundError):
+            lock = opened.enter_context(open(entry / ".lock", "a"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
             except BlockingIOError:
-                if not waited:
-                    run.notice(f"waiting for another process that trains teacher {entry.name}")
-                waited = True
-                run.check_time()
-                time.sleep(1)
-        yield
+                return None
+            # Deleted since it was opened, it would keep nobody out.
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(entry / ".lock")):
+                return opened.pop_all()

@@ -22,9 +22,10 @@ import yaml
 from conftest import TOY_COLOURS, Finished, draw_toy_colours, write_toy_npz
 from PIL import Image
 
-from stillroom import cli
+from stillroom import cli, teachers
 from stillroom.distilled import load_distilled
 from stillroom.recipes import RECIPES, Recipe
+from stillroom.run import Run
 from stillroom.settings import to_yaml
 
 Told = Callable[..., tuple[int, str, str]]
@@ -147,6 +148,16 @@ def test_a_cache_given_by_flag_is_the_one_that_is_used_and_cleaned(
     assert "toynet" not in tell("clean", "--cache", cache)[1]
     for words in (["--help"], ["clean", "--help"], ["squeeze", "--help"], ["evaluate", "--help"]):
         assert "STILLROOM_CACHE" in tell(*words)[1]
+
+
+def test_clean_keeps_a_teacher_that_is_being_trained_and_says_so(tell: Told, own_cache: Path) -> None:
+    busy, idle = (own_cache / "teachers" / name for name in ("busy", "idle"))
+    idle.mkdir(parents=True)
+    with teachers._entry_lock(busy, Run()):
+        code, out, err = tell("clean", "--yes")
+    assert (code, err) == (0, "")
+    assert out.endswith("deleted 1 teachers\nkept busy: another process is training it\n")
+    assert (busy.exists(), idle.exists()) == (True, False)
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -313,6 +316,86 @@ def test_the_cache_is_listed_with_sizes_and_emptied(toy: RealData, plan: Plan, t
     assert text == f"top-1 {teacher.accuracy['top1']:.1%}"
     empty_cache()
     assert list_cache() == []
+
+
+def test_a_teacher_that_another_process_is_training_outlasts_the_emptying_of_the_cache(own_cache: Path) -> None:
+    idle, busy, late = entries = [own_cache / "teachers" / name for name in ("idle", "in training", "late")]
+    for entry in entries:
+        entry.mkdir(parents=True)
+        (entry / "checkpoint.safetensors").write_bytes(b"half")
+    with teachers_module._entry_lock(busy, Run()):
+        assert empty_cache() == ([idle, late], [busy])
+        assert list((own_cache / "teachers").iterdir()) == [busy]
+        assert (busy / "checkpoint.safetensors").read_bytes() == b"half"
+    assert empty_cache() == ([busy], [])
+    assert not list((own_cache / "teachers").iterdir())
+
+
+def test_the_cache_is_listed_while_a_file_of_it_is_replaced(own_cache: Path) -> None:
+    entry = own_cache / "teachers" / "toynet"
+    entry.mkdir(parents=True)
+    (entry / "checkpoint.safetensors").write_bytes(b"123")
+    (entry / ".checkpoint.safetensors.tmp").symlink_to("gone")
+    assert list_cache() == [(entry, 3, "unfinished")]
+
+
+def test_a_lock_whose_folder_was_deleted_while_it_was_taken_is_taken_again(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry, take, deletions = own_cache / "teachers" / "toynet", fcntl.flock, iter(range(2))
+
+    def take_late(lock: Any, how: int) -> None:
+        if next(deletions, None) is not None:
+            (entry / ".lock").unlink()
+            entry.rmdir()
+        take(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", take_late)
+    with teachers_module._entry_lock(entry, Run()):
+        assert teachers_module._try_lock(entry) is None
+    lock = teachers_module._try_lock(entry)
+    assert lock is not None
+    with lock:
+        assert teachers_module._try_lock(entry) is None
+
+
+# The same teacher as the test's, wanted by another process.
+ANOTHER_PROCESS = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from conftest import NETWORKS, TOYNET_ROW, Plan, TeachersConfig, build_toy
+from stillroom.run import Run
+from stillroom.teachers import load_teachers
+NETWORKS["toynet"] = TOYNET_ROW
+(teacher,) = load_teachers(build_toy(), {config!r}, {plan!r}, Run(Path({run!r})))
+print(teacher.hash)
+"""
+
+
+def test_two_processes_that_want_the_same_teacher_train_it_once(
+    toy: RealData, plan: Plan, toynet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = ANOTHER_PROCESS.format(
+        tests=str(Path(__file__).parent), config=QUICK, plan=plan, run=str(tmp_path / "other")
+    )
+    others, fit = [], teachers_module.fit
+
+    def fit_while_another_process_waits(*args: Any, **options: Any) -> Any:
+        other = subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        others.append(other)
+        assert other.stderr is not None
+        assert other.stderr.readline().startswith("waiting for another process that trains teacher toynet-toy-")
+        return fit(*args, **options)
+
+    monkeypatch.setattr(teachers_module, "fit", fit_while_another_process_waits)
+    (teacher,) = load_teachers(toy, QUICK, plan, Run())
+    (other,) = others
+    assert other.communicate() == (f"{teacher.hash}\n", "")
+    events = [json.loads(line)["event"] for line in (tmp_path / "other" / "events.jsonl").read_text().splitlines()]
+    assert events == ["notice", "teacher"]  # no epoch: nothing was trained there
 
 
 def test_the_hash_of_weights_sees_names_shapes_types_and_every_buffer() -> None:
