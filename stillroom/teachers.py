@@ -181,8 +181,8 @@ def _train_or_load(name: str, real: RealData, config: TeachersConfig, plan: Plan
             write_json(entry / "teacher.json", facts)
             (entry / "checkpoint.safetensors").unlink(missing_ok=True)
             run.check_time()
-    facts = read_json(entry / "teacher.json")
-    tensors, _ = load_tensors(entry / "weights.safetensors")
+        facts = read_json(entry / "teacher.json")
+        tensors, _ = load_tensors(entry / "weights.safetensors")
     model.load_state_dict(tensors)
     if hash_weights(model) != facts["hash"]:
         raise StillroomError(
