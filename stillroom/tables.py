@@ -17,7 +17,8 @@ from stillroom.students import Evaluation, StudentConfig
 from stillroom.teachers import Teacher
 
 # Tables keep their columns where the output is a file or a narrow window; a terminal wraps the lines instead.
-console = Console(width=max(shutil.get_terminal_size().columns, 120))
+# Names of datasets and paths are shown as they are: brackets are not markup, nor :colons: pictures.
+console = Console(width=max(shutil.get_terminal_size().columns, 120), markup=False, emoji=False)
 
 
 def show_results(results: dict[str, Any]) -> None:

@@ -58,3 +58,12 @@ def test_evaluate_and_squeeze_leave_out_what_says_nothing_too(
     assert columns(capsys.readouterr().out, "top-1", "top-5", "best top-1") == [expected]
     show_teachers(real, [build_toy_teacher()])
     assert columns(capsys.readouterr().out, "top-1", "top-5") == [("90.0 %", "100.0 %" if classes > 5 else "-")]
+
+
+def test_names_with_brackets_and_colons_are_shown_as_they_are(
+    finished: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = json.loads((finished.directory / "results.json").read_text())
+    results["dataset"]["name"] = "my [bold]:apple: photos"
+    show_results(results)
+    assert "my [bold]:apple: photos" in capsys.readouterr().out
