@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import itertools
 import statistics
 import sys
@@ -30,6 +31,7 @@ from measure import (
     summarize,
     time_interleaved,
     time_steps,
+    use_torch_defaults,
 )
 from measure import write_results as write
 from published import PublishedLoop
@@ -136,8 +138,8 @@ def measure_network(name: str, real: RealData, arguments: argparse.Namespace) ->
     def one() -> torch.Generator:
         return build_generator(0, "one")
 
-    exact = ComputeConfig(device=arguments.device, precision="float32", compile="off", threads=arguments.threads)
-    resolve_plan(exact).activate()
+    baseline_switches = functools.partial(use_torch_defaults, plan.device, plan.threads)
+    baseline_switches()
     published = PublishedLoop(teacher.to(plan.device), images, labels, optimise_steps)
     reference = first_gradient(published.losses(draw_shift(one())), published.compensator)
     with FlopCounterMode(display=False) as counter:
@@ -146,7 +148,7 @@ def measure_network(name: str, real: RealData, arguments: argparse.Namespace) ->
     # All are built before any is compiled: building one forgets what was compiled.
     ours = {variant: OurLoop(teacher, naturals, real, its_plan) for variant, its_plan in plans.items()}
     rows: dict[str, dict[str, Any]] = {
-        "published": {"memory_mib": peak_memory(lambda: published.step(lambda: draw_shift(one())))}
+        "published": {"memory_mib": peak_memory(lambda: published.step(lambda: draw_shift(one())), plan.device)}
     }
     for variant, loop in ours.items():
         loop.plan.activate()
@@ -155,21 +157,19 @@ def measure_network(name: str, real: RealData, arguments: argparse.Namespace) ->
         found = first_gradient(loop.descent.losses(generators), loop.descent.compensators)
         seconds = time.perf_counter() - begun if loop.plan.compile == "on" else None
         rows[variant] = {"gradient_cosine": cosine(found, reference), "compile_seconds": seconds}
-        rows[variant]["memory_mib"] = peak_memory(lambda loop=loop, drawn=generators: loop.step(drawn))  # type: ignore[misc]
+        rows[variant]["memory_mib"] = peak_memory(lambda loop=loop, drawn=generators: loop.step(drawn), plan.device)  # type: ignore[misc]
 
     published = PublishedLoop(teacher, images, labels, optimise_steps)
     draw = draws("time")
     steps: dict[str, Callable[[], object]] = {"published": lambda: published.step(lambda: draw_shift(draw()))}
     for variant, loop in ours.items():
         steps[variant] = lambda loop=loop: loop.step([draw() for _ in range(loop.slots)])  # type: ignore[misc]
-    plan_of = {"published": resolve_plan(exact), **plans}
+    switches = {"published": baseline_switches} | {label: its_plan.activate for label, its_plan in plans.items()}
     for label, step in steps.items():
-        plan_of[label].activate()
+        switches[label]()
         time_steps(step, 1)  # the first step of each allocates
-    times = time_interleaved(
-        steps, arguments.steps, arguments.repeats, before={label: p.activate for label, p in plan_of.items()}
-    )
-    final = final_losses(teacher, images, labels, ours, plan_of, arguments.optimise_steps)
+    times = time_interleaved(steps, arguments.steps, arguments.repeats, switches)
+    final = final_losses(teacher, images, labels, ours, baseline_switches, arguments.optimise_steps)
 
     baseline = statistics.median(times["published"])
     for label, row in rows.items():
@@ -179,6 +179,7 @@ def measure_network(name: str, real: RealData, arguments: argparse.Namespace) ->
         milliseconds = per_slot["milliseconds"]
         seconds = row.get("compile_seconds")
         eager = per_slot_median(times, ours, label.replace("-compiled", "-eager"), baseline)
+        switches[label]()
         peak = matmul_peak(plan.device, dtype)
         rows[label] = {
             "network": name,
@@ -213,7 +214,7 @@ def final_losses(
     images: Tensor,
     labels: Tensor,
     ours: dict[str, OurLoop],
-    plan_of: dict[str, Plan],
+    baseline_switches: Callable[[], None],
     steps: int,
 ) -> dict[str, float]:
     """Return each loop's statistics loss after a whole optimisation of `steps` steps with the same shifts.
@@ -223,7 +224,7 @@ def final_losses(
     if steps == 0:
         return {}
     last = max(1, steps // 10)
-    plan_of["published"].activate()
+    baseline_switches()
     published, draw = PublishedLoop(teacher, images, labels, steps), draws("whole")
     losses = [published.step(lambda: draw_shift(draw())) for _ in range(steps)]
     final = {"published": statistics.mean(losses[-last:])}

@@ -41,9 +41,19 @@ def load_images(data: str | None, classes: int, per_class: int = 10) -> RealData
     )
 
 
+def use_torch_defaults(device: str, threads: int) -> None:
+    """Set the switches that `Plan.activate` sets to what a script finds that sets none: what baselines run under."""
+    torch.set_num_threads(threads)
+    if device.startswith("cuda"):
+        torch.backends.cudnn.benchmark = torch.backends.cudnn.deterministic = False
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("highest")
+
+
 def wait_for_device() -> None:
     if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(index)
 
 
 def time_steps(step: Callable[[], object], steps: int) -> float:
@@ -79,19 +89,19 @@ def matmul_peak(device: str, dtype: torch.dtype, side: int = 1024, repeats: int 
     return 2 * side**3 / best / 1e6
 
 
-def peak_memory(step: Callable[[], object]) -> int | None:
+def peak_memory(step: Callable[[], object], device: str) -> int | None:
     """Return how many bytes more than before `step` held at its peak.
 
     CUDA: allocated tensors. Linux: resident memory, with the kernel's high-water mark reset and freed memory handed
     back first. Elsewhere None.
     """
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
     if not sys.platform.startswith("linux"):
         return None
     with suppress(OSError, AttributeError):

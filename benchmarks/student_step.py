@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import itertools
 import statistics
 import sys
@@ -29,6 +30,7 @@ from measure import (
     summarize,
     time_interleaved,
     time_steps,
+    use_torch_defaults,
 )
 from measure import write_results as write
 from torch import Tensor, nn
@@ -114,7 +116,7 @@ def build_ours(
             logits = model(images)
         return soft_label_loss(logits.float(), targets, TEMPERATURE)
 
-    compute_loss = plan.compiled(compute_loss, 10**6)
+    compute_loss = plan.compiled(compute_loss, 10**6, "training")
     count = itertools.count()
 
     def step() -> Tensor:
@@ -160,16 +162,17 @@ def measure_network(name: str, real: RealData, arguments: argparse.Namespace) ->
         seconds = time.perf_counter() - begun if its_plan.compile == "on" else None
         facts[variant] = {"gradient_cosine": cosine(found, reference), "compile_seconds": seconds}
         steps[variant] = step
-    exact = ComputeConfig(device=arguments.device, precision="float32", compile="off", threads=arguments.threads)
-    before = {"common": resolve_plan(exact).activate} | {variant: p.activate for variant, p in plans.items()}
+    defaults = functools.partial(use_torch_defaults, plan.device, plan.threads)
+    before = {"common": defaults} | {variant: its_plan.activate for variant, its_plan in plans.items()}
     for label, step in steps.items():
         before[label]()
         time_steps(step, 1)  # the optimiser's state comes with the first step
-        facts[label]["memory_mib"] = None if (held := peak_memory(step)) is None else held / 2**20
+        facts[label]["memory_mib"] = None if (held := peak_memory(step, plan.device)) is None else held / 2**20
     times = time_interleaved(steps, arguments.steps, arguments.repeats, before)
     baseline = statistics.median(times["common"])
     rows = []
     for label, its_times in times.items():
+        before[label]()
         peak = matmul_peak(plan.device, torch.float32 if label == "common" else plans[label].dtype)
         milliseconds = statistics.median(its_times)
         eager = statistics.median(times.get(label.replace("-compiled", "-eager"), times["common"]))

@@ -46,7 +46,7 @@ def apply_crops(images: Tensor, offsets: Tensor, padding: int, fill: float | Ten
     batch, channels, height, width = _sizes(images)
     _require("offsets", tuple(offsets.shape), offsets.shape == (batch, 2), f"shape [{batch}, 2], as the images need")
     _require("padding", padding, padding >= 0, "0 or more px")
-    border = torch.as_tensor(fill, dtype=images.dtype, device=images.device)
+    border = torch.as_tensor(fill, dtype=images.dtype).to(images.device, non_blocking=True)
     _require("fill", fill, border.numel() in (1, channels), f"one value, or one for each of {channels} channels")
     top, left = (offsets.to(images.device, non_blocking=True) - padding).unbind(1)
     rows = top[:, None] + torch.arange(height, device=images.device)  # [batch, height]

@@ -1,18 +1,21 @@
 """How tensors are computed: device, precision, memory format, compilation, and where randomness comes from.
 
 The *numerical plan* is resolved once per run, stored in it, and reused on resume and by every worker: the same plan,
-library versions and kind of processor give the same bits. Another plan gives the same result within rounding.
+library versions and kind of processor give the same bits. Another plan gives the same result within rounding. On a GPU
+that holds for eager work: a compiled kernel is tuned anew in each process and may round otherwise.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 import logging
 import os
 import platform
 import shutil
 import sys
+import sysconfig
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -26,9 +29,10 @@ from stillroom.errors import StillroomError, check_choices
 # Changes whenever a draw is derived differently, so that cached work of another scheme is never mistaken for ours.
 SEED_SCHEME = 1
 
-# Where compiling a training or recovery step pays for itself, in steps. On one AVX512-bf16 core ResNet-18's compensator
-# step compiles in 35 s and saves 0.14 s a step, MobileNetV2's in 83 to 161 s and saves 0.55 s (docs/log.md).
-COMPILE_FROM_STEPS = 300
+# Where compiling a step pays for itself, in steps, on one AVX512-bf16 core (docs/log.md). Recovery: ResNet-18's
+# compensator step compiles in 35 s and saves 0.14 s a step, MobileNetV2's in 83 to 161 s and saves 0.55 s. Training:
+# convnet's in 13 s and saves 8 ms, ResNet-18's in 38 s and saves 4 ms.
+COMPILE_FROM_STEPS = {"recovery": 300, "training": 5000}
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -42,6 +46,17 @@ def derive_seed(seed: int, *path: str | int) -> int:
 def build_generator(seed: int, *path: str | int) -> torch.Generator:
     """Return a CPU generator for one piece of work, e.g. ``build_generator(0, "student", "crop", step)``."""
     return torch.Generator().manual_seed(derive_seed(seed, *path))
+
+
+def seed_global(seed: int, device: str) -> None:
+    """Seed what dropout draws from: torch's own generator, and that of `device` if it is a GPU.
+
+    torch.manual_seed seeds every device there is, and takes a third of a millisecond for it.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.startswith("cuda"):
+        index = torch.device(device).index
+        torch.cuda.default_generators[torch.cuda.current_device() if index is None else index].manual_seed(seed)
 
 
 @dataclass(frozen=True)
@@ -93,9 +108,9 @@ class Plan:
             # Kernel selection by timing would make the bits depend on the moment; deterministic kernels do not.
             torch.backends.cudnn.benchmark = False
             torch.backends.cudnn.deterministic = True
-            exact = self.precision == "float32"
-            torch.set_float32_matmul_precision("highest" if exact else "high")
-            torch.backends.cudnn.allow_tf32 = not exact  # convolutions have a switch of their own
+            # Autocast does the fast work; what is left in float32 under it is there to be exact.
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cudnn.allow_tf32 = False  # convolutions have a switch of their own
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -117,9 +132,9 @@ class Plan:
         """Return the context in which networks run; outside it everything is float32."""
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
-    def compiled(self, function: Function, steps: int) -> Function:
+    def compiled(self, function: Function, steps: int, work: Literal["recovery", "training"]) -> Function:
         """Return `function` compiled where that pays within `steps` calls (or is asked for), else unchanged."""
-        if self.compile == "off" or (self.compile == "auto" and steps < COMPILE_FROM_STEPS):
+        if self.compile == "off" or (self.compile == "auto" and steps < COMPILE_FROM_STEPS[work]):
             return function
         # Each piece of work compiles a function of its own; without this the eighth would silently run eagerly.
         torch._dynamo.reset()
@@ -178,7 +193,7 @@ def resolve_plan(
 
 def _pack_for_gpu(slot_pixels: int) -> int:
     """A large GPU starves on 100 small images; two thousand of 32 px fill it, as does one slot of ImageNet."""
-    return max(1, min(16, 2000 * 32 * 32 // slot_pixels)) if slot_pixels else 1
+    return max(1, 2000 * 32 * 32 // slot_pixels) if slot_pixels else 1
 
 
 def _keep_freed_memory() -> None:
@@ -221,10 +236,20 @@ def _processor() -> str:
     return " ".join([platform.machine(), *known])
 
 
+def _has_python_headers() -> bool:
+    return os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
+
+
 def _missing_for_compile(kind: str) -> str | None:
     """Return what torch.compile lacks here, or None."""
     if sys.platform == "win32":
         return None if shutil.which("cl") else "no C++ compiler (cl) was found"
+    if kind == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if not any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang")):
+            return "no C compiler (gcc) was found"
+        return None if _has_python_headers() else "the headers of Python (Python.h) are not installed"
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for one
     if not shutil.which(compiler.split()[0]):
         return f"no C++ compiler ({compiler}) was found"

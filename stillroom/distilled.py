@@ -212,7 +212,7 @@ class DistilledSet:
         image / 255 + compensator, from what is stored, cut to [0, 1] if the manifest says so. With the encoding
         "jpeg75" every view, plain images included, is what an 8-bit JPEG leaves of it; the first call encodes all.
         """
-        rows = rows.to(self.images.device)
+        rows = rows.to(self.images.device, non_blocking=True)
         if self.manifest.views.view_encoding == "jpeg75":
             return self._jpeg_views[rows].float() / 255
         return self._form_exact(rows)
@@ -247,8 +247,9 @@ class DistilledSet:
     def with_image_encoding(self, encoding: ImageEncoding | Literal["auto"]) -> DistilledSet:
         """The same set with its images as a file of this encoding leaves them: "png" loses nothing, "jpeg95" a little.
 
-        "auto": png up to 64 pixels, jpeg95 above. Soft labels were made from the views before, so they go: label the
-        set again. Raises StillroomError for images that have lost something already, in another encoding.
+        "auto": png up to 64 pixels, jpeg95 above. Compensators stay, though they were optimised on the images before.
+        Soft labels go, since they were made from the views before: label the set again. Raises StillroomError for
+        images that have lost something already, in another encoding.
         """
         if encoding == "auto":
             encoding = "png" if max(self.manifest.image_size) <= LOSSLESS_UP_TO else "jpeg95"

@@ -188,7 +188,7 @@ def _median_time(work: Callable[[], object], plan: Plan) -> float:
         begun = time.perf_counter()
         work()
         if plan.device.startswith("cuda"):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(plan.device)
         times.append(time.perf_counter() - begun)
     return statistics.median(times)
 

@@ -61,7 +61,7 @@ class MemoryImages:
 
     def batch(self, indices: Tensor) -> Tensor:
         """See `Images.batch`."""
-        return self.images[indices.to(self.images.device)]
+        return self.images[indices.to(self.images.device, non_blocking=True)]
 
     def to(self, device: torch.device | str) -> MemoryImages:
         """See `Images.to`; every pixel moves now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -58,7 +59,8 @@ def compute_static_labels(
         made, tensors = run.load_unit(unit)
         if made == made_by:
             return tensors["labels"]
-    logits_of = ensemble_logits(teachers, plan)
+    # Stored once and for all, so in float32 whatever the plan: a label must not depend on who has fast bfloat16.
+    logits_of = ensemble_logits(teachers, replace(plan, precision="float32"))
     normalization = distilled.manifest.normalization
     blocks = []
     with run.progress("static labels", distilled.view_count) as advance:

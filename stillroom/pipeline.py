@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.compute import Plan, resolve_plan
-from stillroom.data import RealData, load_real
+from stillroom.data import FACTS, RealData, load_real
 from stillroom.distilled import DistilledSet, count_bytes, load_distilled
 from stillroom.errors import StillroomError
 from stillroom.files import write_json
@@ -144,7 +144,7 @@ def run_recipe(recipe: Recipe, run: Run, name: str = "custom") -> dict[str, Any]
         "student": recipe.student.network,
         "bytes": _budget(distilled),
         "cells": rows,
-        "paper": EXPECTED.get(name, {}) if is_preset(name, recipe) else {},
+        "paper": EXPECTED.get(name, {}) if is_preset(name, recipe, real) else {},
         "provenance": made_by,
         "settings": asdict(recipe),
     }
@@ -153,11 +153,24 @@ def run_recipe(recipe: Recipe, run: Run, name: str = "custom") -> dict[str, Any]
     return results
 
 
-def is_preset(name: str, recipe: Recipe) -> bool:
-    """Whether `recipe` has the settings of the preset `name`, so that the paper's number may stand beside its own."""
+def is_preset(name: str, recipe: Recipe, real: RealData) -> bool:
+    """Whether this is the work of the preset `name`, so that the paper's number may stand beside its own.
+
+    The same settings and teachers, on the whole of a dataset that is the preset's by its classes, wherever it lies; how
+    teachers are trained is not the paper's to say.
+    """
     preset = RECIPES.get(name)
-    stages = ("method", "ipc", "infer", "student")
-    return preset is not None and all(getattr(preset, stage) == getattr(recipe, stage) for stage in stages)
+    if preset is None or preset.data.source not in FACTS:
+        return False
+    stages = ("method", "ipc", "infer", "student", "image_encoding")
+    facts, cut = FACTS[preset.data.source], recipe.data.train_per_class is not None or recipe.data.holdout_per_class > 0
+    return (
+        all(getattr(preset, stage) == getattr(recipe, stage) for stage in stages)
+        and (preset.teachers.networks, preset.teachers.source) == (recipe.teachers.networks, recipe.teachers.source)
+        and (facts.classes, facts.image_size) == (real.classes, real.image_size)
+        and facts.class_names in (None, real.class_names)
+        and not cut
+    )
 
 
 def build_cells(

@@ -106,10 +106,13 @@ class Run:
                 f"run directory {str(self.directory)!r} was begun on {stored['plan']['device']}, this run is on "
                 f"{plan['device']}; give --compute.device {stored['plan']['device']}, or another directory with --out"
             )
-        for key in ("processor", "torch_version"):
+        here = ["processor", "torch_version", "device"]  # facts of this machine; the kind of device is the same
+        if plan["compile"] == "off":  # not to be had here, or not wanted any more
+            here.append("compile")
+        for key in here:
             if stored["plan"][key] != plan[key]:
                 self.event("plan_differs", field=key, stored=stored["plan"][key], now=plan[key])
-        return {**stored["plan"], "processor": plan["processor"], "torch_version": plan["torch_version"]}
+        return stored["plan"] | {key: plan[key] for key in here}
 
     # -- units and checkpoints -------------------------------------------------------------------------------------
 

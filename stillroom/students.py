@@ -239,14 +239,17 @@ def build_draws(
     here = distilled.to(plan.device)
     table = here.view_table().to(plan.device)
     label_dynamically = ensemble_logits(teachers, plan) if kind == "dynamic" else None
+    classes = len(manifest.class_names)
     if kind == "static":
         assert here.soft_labels is not None
-        labels = here.soft_labels.float()
+        labels = here.soft_labels.float()  # [views, classes]
+    elif kind == "hard":
+        labels = nn.functional.one_hot(here.labels[table[:, 0]], classes).float()
     else:
-        labels = nn.functional.one_hot(here.labels[table[:, 0]], len(manifest.class_names)).float()
+        labels = torch.empty(len(table), 0, device=plan.device)  # the teachers' come in their place
 
     def draw_batch(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        rows = rows.to(plan.device)
+        rows = rows.to(plan.device, non_blocking=True)
         images = augment_images(here.form_views(rows), train, manifest.dataset.flip, generator)
         images = apply_normalization(images, manifest.normalization.mean, manifest.normalization.std)
         targets = labels[rows]

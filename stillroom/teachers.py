@@ -150,7 +150,8 @@ def teacher_key(name: str, real: RealData, config: TeachersConfig, plan: Plan) -
         "flip": real.flip,
         "train": asdict(config.train),
         "seed": config.seed,
-        "plan": {k: v for k, v in plan.as_dict().items() if k != "pack_slots"},
+        # not which of several cards: `processor` names the kind
+        "plan": {k: v for k, v in plan.as_dict().items() if k != "pack_slots"} | {"device": plan.device.split(":")[0]},
         **{name: importlib.metadata.version(name) for name in ("torchvision", "timm")},
     }
 
@@ -208,8 +209,8 @@ def train_teacher(
     labels = real.train.labels.to(plan.device)
 
     def draw_batch(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        batch = augment_images(images.batch(rows).to(plan.device), train, real.flip, generator)
-        return apply_normalization(batch, real.mean, real.std), labels[rows.to(plan.device)]
+        batch = augment_images(images.batch(rows).to(plan.device, non_blocking=True), train, real.flip, generator)
+        return apply_normalization(batch, real.mean, real.std), labels[rows.to(plan.device, non_blocking=True)]
 
     return fit(
         model,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stillroom import augment
-from stillroom.compute import Plan, build_generator, derive_seed
+from stillroom.compute import Plan, build_generator, derive_seed, seed_global
 from stillroom.data import Images
 from stillroom.errors import StillroomError, check_choices
 from stillroom.run import Checkpoint, Run
@@ -82,8 +82,11 @@ def apply_normalization(images: Tensor, mean: tuple[float, ...], std: tuple[floa
     """Return float32 ``(images - mean) / std`` per channel; images [batch, 3, h, w] in [0, 1], or uint8."""
     if images.dtype == torch.uint8:
         images = images.float() / 255
-    shape = (1, -1, 1, 1)
-    return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
+    offset, scale = (  # without waiting for the device, as a copy by new_tensor would
+        torch.tensor(values, dtype=images.dtype).view(1, -1, 1, 1).to(images.device, non_blocking=True)
+        for values in (mean, std)
+    )
+    return (images - offset) / scale
 
 
 def augment_images(images: Tensor, config: TrainConfig, flip: bool, generator: torch.Generator) -> Tensor:
@@ -175,7 +178,7 @@ def fit(
             logits = model(images)
         return loss_function(logits.float(), targets)
 
-    compute_loss = plan.compiled(compute_loss, steps)
+    compute_loss = plan.compiled(compute_loss, steps, "training")
     model.train()
     rows = epochs.rows(first // epochs.steps)
     devices = [plan.device] if plan.device.startswith("cuda") else []
@@ -189,7 +192,7 @@ def fit(
                 group["lr"] = rate
             images, targets = draw_batch(rows[within], build_generator(epochs.seed, *epochs.path, "augment", step))
             # Dropout and stochastic depth draw from the global generator.
-            torch.manual_seed(derive_seed(epochs.seed, *epochs.path, "dropout", step))
+            seed_global(derive_seed(epochs.seed, *epochs.path, "dropout", step), plan.device)
             loss = compute_loss(images.contiguous(memory_format=plan.memory_format), targets)
             loss.backward()
             optimizer.step()

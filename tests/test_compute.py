@@ -98,12 +98,14 @@ def test_functions_are_compiled_only_where_that_repays_itself(plan: Plan, monkey
 
     def work() -> None: ...
 
-    def kind(mode: str, steps: int) -> bool:
-        return Plan(**{**plan.as_dict(), "compile": mode}).compiled(work, steps) == "compiled"
+    for stage, pays_from in COMPILE_FROM_STEPS.items():
 
-    assert [kind("auto", n) for n in (1, COMPILE_FROM_STEPS - 1, COMPILE_FROM_STEPS)] == [False, False, True]
-    assert kind("on", 1)
-    assert not kind("off", 10**6)
+        def kind(mode: str, steps: int, stage: Any = stage) -> bool:
+            return Plan(**{**plan.as_dict(), "compile": mode}).compiled(work, steps, stage) == "compiled"
+
+        assert [kind("auto", n) for n in (1, pays_from - 1, pays_from)] == [False, False, True]
+        assert kind("on", 1)
+        assert not kind("off", 10**6)
 
 
 def test_autocast_is_on_for_bfloat16_alone(plan: Plan) -> None:

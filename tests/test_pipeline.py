@@ -17,13 +17,13 @@ from conftest import Finished, build_toy_recipe, write_toy_npz
 from stillroom import files, students, teachers
 from stillroom import run as run_module
 from stillroom.compute import Plan
-from stillroom.data import RealData, load_real
+from stillroom.data import FACTS, RealData, load_real
 from stillroom.distilled import load_distilled, verify_distilled
 from stillroom.errors import StillroomError, TimeLimitReached
 from stillroom.methods import infer
 from stillroom.methods.select import RandomConfig, distill_random
 from stillroom.networks import build_network
-from stillroom.pipeline import build_cells, run_recipe
+from stillroom.pipeline import build_cells, is_preset, run_recipe
 from stillroom.recipes import EXPECTED, RECIPES, Recipe, find_recipe, smoke
 from stillroom.run import Run
 from stillroom.teachers import Teacher
@@ -239,6 +239,26 @@ def test_every_recipe_s_tiny_twin_runs_on_other_data(tmp_path: Path, name: str) 
 def test_recipes_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(StillroomError, match=message):
         Recipe(**settings)
+
+
+def test_the_papers_number_stands_only_beside_the_papers_work(toy: RealData) -> None:
+    name = "infer-cifar100-ipc10"
+    recipe = find_recipe(name)
+    cifar = replace(toy, class_names=FACTS["cifar100"].class_names, image_size=32)
+    own_file = replace(recipe, data=replace(recipe.data, source="data/cifar100.npz"), seeds=(7,))
+    assert is_preset(name, own_file, cifar)
+    assert not is_preset("small", find_recipe("small"), toy)
+    for other in (toy, replace(cifar, class_names=cifar.class_names[::-1]), replace(cifar, image_size=64)):
+        assert not is_preset(name, recipe, other)
+    for change in (
+        {"data": replace(recipe.data, holdout_per_class=5)},
+        {"data": replace(recipe.data, train_per_class=5)},
+        {"teachers": replace(recipe.teachers, networks=("resnet18",))},
+        {"infer": replace(recipe.infer, steps=999)},
+        {"image_encoding": "jpeg75"},
+        {"ipc": 9},
+    ):
+        assert not is_preset(name, replace(recipe, **change), cifar)
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest_names() -> None:

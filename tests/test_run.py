@@ -17,7 +17,7 @@ from stillroom import run as run_module
 from stillroom.errors import StillroomError, TimeLimitReached
 from stillroom.run import Run
 
-PLAN = {"device": "cpu", "threads": 1, "processor": "abacus", "torch_version": "2", "seed_scheme": 1}
+PLAN = {"device": "cpu", "threads": 1, "processor": "abacus", "torch_version": "2", "seed_scheme": 1, "compile": "auto"}
 
 
 def events(directory: Path) -> list[dict[str, object]]:
@@ -43,6 +43,18 @@ def test_the_stored_plan_is_used_again_and_what_cannot_be_is_told(tmp_path: Path
         assert run.bind_config({"seeds": (0,)}, now) == {**PLAN, "processor": "slide rule"}
     (told,) = [e for e in events(tmp_path) if e["event"] == "plan_differs"]
     assert (told["field"], told["stored"], told["now"]) == ("processor", "abacus", "slide rule")
+    # Compilation that cannot be had here, or is not wanted any more, is not asked for again.
+    with Run(tmp_path) as run:
+        assert run.bind_config({"seeds": (0,)}, PLAN | {"compile": "off"})["compile"] == "off"
+        assert run.bind_config({"seeds": (0,)}, PLAN | {"compile": "on"})["compile"] == "auto"
+
+
+def test_another_card_of_the_same_kind_goes_on_and_another_kind_is_refused(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        run.bind_config({}, PLAN | {"device": "cuda:1"})
+        assert run.bind_config({}, PLAN | {"device": "cuda"})["device"] == "cuda"
+        with pytest.raises(StillroomError, match="was begun on cuda:1, this run is on cpu"):
+            run.bind_config({}, PLAN | {"device": "cpu"})
 
 
 def test_a_second_process_on_the_same_directory_is_refused_until_the_first_ends(tmp_path: Path) -> None:
