@@ -19,7 +19,9 @@ from torch import Tensor
 
 from stillroom.compute import Plan
 from stillroom.data import DataConfig, MemoryImages, RealData, load_real
-from stillroom.pipeline import provenance
+from stillroom.pipeline import provenance, source_commit
+
+BEGUN_AT = source_commit()  # the source may change while a benchmark runs
 
 CLASSES, SIZE = 100, 32
 CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -137,8 +139,8 @@ def write_results(path: Path | None, plan: Plan, settings: dict[str, Any], rows:
     for line in cells:
         print("| " + " | ".join(line) + " |")
     if path is not None:
-        command = {"command": shlex.join(["python", *sys.argv])}
-        record = {"provenance": provenance(plan) | command, "settings": settings, "rows": rows}
+        begun = {"command": shlex.join(["python", *sys.argv]), "commit": BEGUN_AT}
+        record = {"provenance": provenance(plan) | begun, "settings": settings, "rows": rows}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1, default=str) + "\n")
 

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from measure import write_results
 from torch import Tensor
 
 from stillroom.compute import ComputeConfig, Plan, resolve_plan
 from stillroom.data import DataConfig, RealData, load_real
 from stillroom.distilled import DistilledSet, count_bytes, load_distilled, quantize_compensators
-from stillroom.files import load_tensors, write_json
+from stillroom.files import load_tensors
 from stillroom.labels import attach_labels
 from stillroom.manifest import ImageEncoding
 from stillroom.methods.infer import recover_compensators
-from stillroom.pipeline import provenance
 from stillroom.recipes import Recipe, find_recipe
 from stillroom.run import Run
 from stillroom.students import evaluate
@@ -123,14 +123,9 @@ def main() -> None:
     arguments = parser.parse_args()
     plan = resolve_plan(ComputeConfig(threads=arguments.threads), print)
     plan.activate()
-    made_by = provenance(plan)
     with Run(arguments.out.with_suffix("") if arguments.out else None) as run:
         rows = measure(arguments, plan, run)
-    if arguments.out:
-        write_json(
-            arguments.out,
-            {"rows": rows, "provenance": made_by, "arguments": {k: str(v) for k, v in vars(arguments).items()}},
-        )
+    write_results(arguments.out, plan, vars(arguments), rows)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from measure import write_results
+
 from stillroom.compute import ComputeConfig, resolve_plan
 from stillroom.data import DataConfig, load_real
-from stillroom.files import write_json
 from stillroom.networks import build_network
-from stillroom.pipeline import provenance
 from stillroom.run import Run
 from stillroom.teachers import TEACHER_RECIPES, TeachersConfig, train_teacher
 
@@ -33,7 +33,6 @@ def main() -> None:
     args = parser.parse_args()
     plan = resolve_plan(ComputeConfig(), print)
     plan.activate()
-    made_by = provenance(plan)
     real = load_real(
         DataConfig(args.data, train_per_class=args.train_per_class, holdout_per_class=args.holdout_per_class)
     )
@@ -68,10 +67,7 @@ def main() -> None:
                 "seconds": seconds,
             })  # fmt: skip
             print(f"{network:24} {recipe:6} {train.epochs:4} epochs  {statistics.mean(top1):6.2f} %  {seconds} s")
-    if args.out:
-        write_json(
-            args.out, {"rows": rows, "provenance": made_by, "arguments": {k: str(v) for k, v in vars(args).items()}}
-        )
+    write_results(args.out, plan, vars(args), rows)
 
 
 if __name__ == "__main__":

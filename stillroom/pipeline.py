@@ -230,13 +230,13 @@ def provenance(plan: Plan) -> dict[str, Any]:
     own = program in ("stillroom", "cli.py")
     return {
         "command": shlex.join(["stillroom", *sys.argv[1:]]) if own else program,
-        "commit": _commit(),
+        "commit": source_commit(),
         "libraries": library_versions(),
         "plan": plan.as_dict(),
     }
 
 
-def _commit() -> str | None:
+def source_commit() -> str | None:
     """Return the commit of this source tree, "+changes" where files differ from it; None for an installed wheel."""
     folder = Path(__file__).resolve().parent
     try:
