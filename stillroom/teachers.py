@@ -42,17 +42,15 @@ TEACHER_FORMAT = 1  # changes when training changes in a way that the settings d
 FIELD = TrainConfig(epochs=200, batch_size=128, optimizer="sgd", learning_rate=0.1, weight_decay=5e-4)
 
 # Ours: a tenth of the epochs. A learning rate that rises and falls once needs no plateau, Nesterov momentum and a
-# decay that spares norms and biases make the most of few steps. Decay and peak were chosen on held-out training images
-# (docs/log.md); benchmarks/teacher_recipes.py compares the two.
+# decay that spares norms and biases make the most of few steps. benchmarks/teacher_recipes.py compares the two.
 FAST = TrainConfig(
     epochs=20,
     batch_size=128,
     optimizer="sgd",
     learning_rate=0.2,
-    weight_decay=2e-3,
+    weight_decay=5e-4,
     nesterov=True,
     schedule="one_cycle",
-    warmup_fraction=0.4,
     decay_norms=False,
 )
 TEACHER_RECIPES = {"field": FIELD, "fast": FAST}
