@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import torch
 
 from stillroom import data, teachers
 from stillroom.compute import ComputeConfig, Plan, resolve_plan
@@ -28,21 +32,23 @@ def load_real(source: str, **settings: Any) -> RealData:
 
     Raises StillroomError for what cannot be read, naming the file and the fix.
     """
-    return data.load_real(_with(DataConfig(source=source), settings, "load_real"))
+    source = str(source) if isinstance(source, Path) else source
+    return data.load_real(_with(DataConfig(), {"source": source, **settings}, "load_real"))
 
 
 def load_teachers(
     real: RealData, networks: Sequence[str], *, compute: ComputeConfig | None = None, **settings: Any
 ) -> list[Teacher]:
     """Train the networks on `real`, or take them from the cache; `settings` are TeachersConfig's."""
-    config = _with(TeachersConfig(networks=tuple(networks)), settings, "load_teachers")
+    _check("real", real, RealData, "what load_real returns")
+    config = _with(TeachersConfig(), {"networks": networks, **settings}, "load_teachers")
     return teachers.load_teachers(real, config, _plan(compute), Run())
 
 
 def distill(
     method: str,
     real: RealData,
-    teachers: list[Teacher],
+    teachers: Sequence[Teacher],
     ipc: int,
     *,
     labels: str = "static",
@@ -54,8 +60,12 @@ def distill(
     """Distil `real` to `ipc` images per class by a method of METHODS and label the result.
 
     labels: "hard", "static" or "dynamic"; image_encoding: see `DistilledSet.with_image_encoding`; `settings` are the
-    method's own (InferConfig, ...).
+    method's own (InferConfig, ...). `teachers` may be empty for a method and labels that need none.
     """
+    _check("real", real, RealData, "what load_real returns")
+    teachers = _check_teachers(teachers, real)
+    for name, value in (("ipc", ipc), ("seed", seed)):
+        _check(name, value, int, "a whole number")
     kinds = ("hard", "static", "dynamic")
     if labels not in kinds:
         raise StillroomError(f"labels is {labels!r}." + suggest(labels, kinds))
@@ -82,16 +92,19 @@ def evaluate(
 
     seeds: how many (0, 1, ...) or which; `settings` are StudentConfig's or those of its TrainConfig (epochs, ...).
     """
+    _check("distilled", distilled, DistilledSet, "what distill or load_distilled returns")
+    _check("real", real, RealData, "what load_real returns")
     train = {f.name for f in fields(TrainConfig)}
     config = StudentConfig(network=network)
     if "epochs" in settings:
         settings.setdefault("dynamic_epochs", settings["epochs"])
     config = replace(
         _with(config, {k: v for k, v in settings.items() if k not in train}, "evaluate", train),
-        train=replace(config.train, **{k: v for k, v in settings.items() if k in train}),
+        train=_with(config.train, {k: v for k, v in settings.items() if k in train}, "evaluate"),
     )
-    which = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
-    return evaluate_students(distilled, real, config, which, _plan(compute), Run(), teachers=teachers)
+    which = _seeds(seeds)
+    labelled_by = _check_teachers(teachers or [], real)
+    return evaluate_students(distilled, real, config, which, _plan(compute), Run(), teachers=labelled_by)
 
 
 def _plan(compute: ComputeConfig | None, slot_pixels: int = 0) -> Plan:
@@ -101,8 +114,56 @@ def _plan(compute: ComputeConfig | None, slot_pixels: int = 0) -> Plan:
 
 
 def _with(config: Config, settings: dict[str, Any], where: str, also: set[str] | None = None) -> Config:
-    known = {f.name for f in fields(config)}  # type: ignore[arg-type]
+    hints = get_type_hints(type(config))
     for name in settings:
-        if name not in known:
-            raise StillroomError(f"{where} has no setting {name!r}." + suggest(name, known | (also or set())))
-    return replace(config, **settings)  # type: ignore[type-var]
+        if name not in hints:
+            raise StillroomError(f"{where} has no setting {name!r}." + suggest(name, hints.keys() | (also or set())))
+    return replace(config, **{name: _typed(name, value, hints[name]) for name, value in settings.items()})  # type: ignore[type-var]
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """Return `value` as the setting's type `hint` has it, a list as a tuple; raises StillroomError for another type."""
+    kinds = get_args(hint)
+    if get_origin(hint) is Literal or (NoneType in kinds and value is None):
+        return value  # the dataclass itself knows its choices
+    if NoneType in kinds:
+        return _typed(name, value, kinds[0])
+    if get_origin(hint) is tuple:
+        values = [value] if isinstance(value, str) or not isinstance(value, Sequence) else value
+        return tuple(_typed(name, item, kinds[0]) for item in values)
+    expected = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[hint]
+    _check(name, value, (int, float) if hint is float else hint, expected)
+    return value
+
+
+def _check(name: str, value: Any, kind: type | tuple[type, ...], expected: str) -> None:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise StillroomError(f"{name} is {value!r:.80} ({type(value).__name__}); give {expected}")
+
+
+def _check_teachers(teachers: Sequence[Teacher], real: RealData) -> list[Teacher]:
+    """Return the teachers as a list, or raise StillroomError where one is none, or of other data."""
+    if not isinstance(teachers, Sequence) or not all(isinstance(teacher, Teacher) for teacher in teachers):
+        raise StillroomError(f"teachers is {teachers!r:.80}; give the list that load_teachers returns")
+    for teacher in teachers:
+        parameter = next(teacher.model.parameters())
+        with torch.no_grad():
+            found = teacher.model(parameter.new_zeros(1, 3, real.image_size, real.image_size)).shape[1]
+        if found != real.classes:
+            raise StillroomError(
+                f"teacher {teacher.name!r} knows {found} classes, but {real.name!r} has {real.classes}; load the "
+                "teachers of this dataset"
+            )
+    return list(teachers)
+
+
+def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(seeds, int) and not isinstance(seeds, bool) and seeds >= 1:
+        return tuple(range(seeds))
+    if isinstance(seeds, str) or not isinstance(seeds, Sequence) or not seeds:
+        raise StillroomError(f"seeds is {seeds!r:.80}; give how many, such as 3, or which, such as [0, 1, 2]")
+    for seed in seeds:
+        _check("seeds", seed, int, "whole numbers")
+    if len(set(seeds)) != len(seeds):
+        raise StillroomError(f"seeds {list(seeds)} has repeats; give each once")
+    return tuple(seeds)
