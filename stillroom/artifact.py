@@ -67,7 +67,7 @@ def read_part(folder: Path, role: str, facts: FileFacts) -> bytes:
             if sha256_bytes(content) == facts.sha256:
                 return content
             problems.append(f"{path} was changed after it was written: restore it or save the set again.")
-    hint = " If you edited the card, load the set with ignore_card=True." if role in CARD_ROLES else ""
+    hint = " If you edited the card, load the set with ignore_card=True." if role == "card" else ""
     raise StillroomError(problems[0] + hint)
 
 

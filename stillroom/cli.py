@@ -29,15 +29,15 @@ import tyro
 
 from stillroom import __version__
 from stillroom.compute import ComputeConfig, resolve_plan
-from stillroom.data import DataConfig, load_real
+from stillroom.data import FACTS, DataConfig, load_real
 from stillroom.distilled import load_distilled, verify_distilled
 from stillroom.errors import StillroomError, TimeLimitReached, suggest
 from stillroom.estimate import estimate_recipe
-from stillroom.files import write_json
+from stillroom.files import read_json, write_json
 from stillroom.pipeline import bound_settings, distill_recipe, open_stages, provenance, relabel, run_recipe
 from stillroom.recipes import RECIPES, Recipe, find_recipe
 from stillroom.run import Run
-from stillroom.settings import parse_duration, parse_words, read_config, to_yaml
+from stillroom.settings import parse_duration, parse_words, read_config, read_plain, to_yaml
 from stillroom.students import StudentConfig, check_matches, evaluate
 from stillroom.tables import (
     print_where,
@@ -76,7 +76,7 @@ class EvaluateCommand:
 
     distilled: tyro.conf.Positional[Path]  # the set's directory
     data: DataConfig = field(default_factory=DataConfig)  # the real data that the set was made of
-    student: StudentConfig = field(default_factory=StudentConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)  # those of the set's run, where it lies in one
     labels: Literal["stored", "hard", "static", "dynamic"] = "stored"  # static and dynamic need the teachers
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -212,9 +212,12 @@ def evaluate_command(words: list[str]) -> int:
     default = None
     if words and not words[0].startswith("-"):  # the set knows the name of its dataset; a path must be given again
         manifest = load_distilled(_set_directory(Path(words[0]))).manifest
-        facts = manifest.dataset
+        facts, run_config = manifest.dataset, Path(words[0]) / "config.json"
         data = DataConfig(source=facts.name, image_size=manifest.image_size[0], resize=facts.resize)
         default = EvaluateCommand(Path(words[0]), data)
+        if run_config.exists():  # students as the run's recipe has them
+            student = read_json(run_config)["settings"]["student"]
+            default = dataclasses.replace(default, student=read_plain(student, default.student, str(run_config)))
         if manifest.teachers:
             networks = tuple(teacher.name for teacher in manifest.teachers)
             default = dataclasses.replace(default, teachers=TeachersConfig(networks=networks))
@@ -228,6 +231,9 @@ def evaluate_command(words: list[str]) -> int:
         print(to_yaml(command, NO_SETTINGS))
         return OK
     distilled = load_distilled(_set_directory(command.distilled))
+    source = command.data.source
+    if source == distilled.manifest.dataset.name and source not in FACTS and not Path(source).exists():
+        raise UsageError(f"the set was made of {source!r}; say where these images lie: --data.source PATH")
     with Run(command.out, time_limit=parse_duration(command.time_limit)) as run, run.stop_on_signals():
         plan = resolve_plan(command.compute, run.notice)
         real = load_real(command.data)
@@ -332,7 +338,8 @@ def parse_recipe(name: str, words: list[str]) -> RecipeCommand | None:
         print(to_yaml(command.settings))
         return None
     if command.dry_run:
-        show_estimate(f"{command.recipe}: plan of {_directory(command)}", *estimate_recipe(command.settings))
+        last = {"squeeze": "teachers", "distill": "set"}.get(name, "students")
+        show_estimate(f"{command.recipe}: plan of {_directory(command)}", *estimate_recipe(command.settings, last))
         return None
     return command
 

@@ -265,7 +265,10 @@ def _open(config: DataConfig) -> tuple[str, Facts | None, Source]:
     if not path.exists():
         if not _is_hub_id(name):
             hint = "" if "/" in name or path.suffix else suggest(name, FACTS)
-            raise StillroomError(f"--data.source {name} is no existing path and no known dataset.{hint}")
+            raise StillroomError(
+                f"--data.source {name} is no existing path and no known dataset.{hint} Give a folder, a file, or one "
+                f"of {', '.join(FACTS)}."
+            )
         path = _fetch_from_hub(name)
         facts = FACTS.get(name.partition("/")[2])
         return name, facts, _read_parquet(path, facts, config)
@@ -351,8 +354,9 @@ def _fetch_from_hub(repo: str) -> Path:
         return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=["*.parquet"]))
     except Exception as error:
         raise StillroomError(
-            f"--data.source {repo} is no existing path and could not be fetched from the Hub: {error}. Check the "
-            "spelling and the network, or download its parquet files and pass their folder."
+            f"--data.source {repo} is no existing path and could not be fetched from the Hub: "
+            f"{' '.join(str(error).split())[:200]}. Check the spelling and the network, or download its "
+            "parquet files and pass their folder."
         ) from error
 
 

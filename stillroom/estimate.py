@@ -40,8 +40,8 @@ class Stage:
     kept: int
 
 
-def estimate_recipe(recipe: Recipe) -> tuple[list[Stage], list[str]]:
-    """Return the stages of `recipe` on this machine, and remarks on them.
+def estimate_recipe(recipe: Recipe, last: str = "students") -> tuple[list[Stage], list[str]]:
+    """Return the stages of `recipe` on this machine up to `last` (teachers, set or students), and remarks on them.
 
     Loads the data and refuses what `stillroom run` would refuse; trains and writes nothing. Cached teachers cost
     nothing and are named in the remarks.
@@ -52,8 +52,10 @@ def estimate_recipe(recipe: Recipe) -> tuple[list[Stage], list[str]]:
     real = load_real(recipe.data)
     check_recipe(recipe, real)
     stages = _teacher_stages(recipe, real, plan, notes)
-    stages += _distill_stages(recipe, real, plan)
-    stages += _student_stages(recipe, real, plan)
+    if last != "teachers":
+        stages += _distill_stages(recipe, real, plan)
+    if last == "students":
+        stages += _student_stages(recipe, real, plan)
     notes.append(
         f"plan: {plan.device}, {plan.precision}, {plan.threads} threads, compile {plan.compile} (times are "
         f"without it), {plan.pack_slots} slots per step"
@@ -65,7 +67,7 @@ def _teacher_stages(recipe: Recipe, real: RealData, plan: Plan, notes: list[str]
     stages = []
     train = recipe.teachers.train
     batch = min(train.batch_size, len(real.train))
-    steps = train.epochs * (len(real.train) // batch)
+    steps = recipe.teachers.steps_for(len(real.train))
     given = {text.partition("=")[0] for text in recipe.teachers.checkpoints}
     for name in recipe.teachers.networks:
         model = build_network(name, real.classes, real.image_size)

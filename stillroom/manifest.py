@@ -235,9 +235,14 @@ def encode_manifest(manifest: Manifest) -> bytes:
 def read_manifest(folder: Path) -> Manifest:
     """Read and check `folder`/manifest.json. Raises StillroomError that names the file and the key."""
     path = folder / MANIFEST_NAME
+    fix = "Give the folder that a save has written."
+    if (folder / "distilled" / MANIFEST_NAME).is_file():
+        fix = f"It is the directory of a run; give {folder / 'distilled'}."
+    elif (folder / "units").is_dir() and (folder / "config.json").is_file():
+        fix = "It is the directory of a run that has not come so far; the command that began it goes on."
     _require(
         path.is_file() and not path.is_symlink(),
-        f"{folder} is not a distilled set: it holds no file {MANIFEST_NAME}. Give the folder that a save has written.",
+        f"{folder} is not a distilled set: it holds no file {MANIFEST_NAME}. {fix}",
     )
     return parse_manifest(read_bytes(path), path)
 

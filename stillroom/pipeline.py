@@ -62,10 +62,15 @@ def open_stages(recipe: Recipe, run: Run) -> tuple[RealData, Plan]:
 def bound_settings(settings: dict[str, Any], real: RealData) -> dict[str, Any]:
     """Return what makes a run this run: the settings that decide its results, and the content of its data.
 
-    How it is computed, how many students and controls there are, and where files lie can change between two starts.
+    How it is computed, how many students and controls there are, and where files lie can change between two starts;
+    what was made with other weights of a teacher is refused by their hash.
     """
     settings = {k: v for k, v in settings.items() if k not in ("compute", "seeds", "controls")}
-    for stage, unbound in (("data", ("source", "root", "download", "memory_limit_gib")), ("teachers", ("cache",))):
+    places = {
+        "data": ("source", "root", "download", "memory_limit_gib"),
+        "teachers": ("cache", "checkpoints"),
+    }
+    for stage, unbound in places.items():
         settings[stage] = {k: v for k, v in settings[stage].items() if k not in unbound}
     return settings | {"data_fingerprint": real.fingerprint}
 
@@ -88,6 +93,11 @@ def check_recipe(recipe: Recipe, real: RealData) -> None:
         raise StillroomError(
             f"class {real.class_names[index]!r} has {int(counts[index])} training images, but ipc {recipe.ipc} "
             f"needs {needed}; add images, lower --ipc{controls}"
+        )
+    if recipe.ipc * real.classes >= len(real.train):
+        raise StillroomError(
+            f"ipc {recipe.ipc} for {real.classes} classes is a budget of {recipe.ipc * real.classes} images, but "
+            f"{real.name!r} has only {len(real.train)} training images; lower --ipc"
         )
 
 

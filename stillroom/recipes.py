@@ -95,7 +95,7 @@ _LAPTOP_STUDENT = StudentConfig(
 _LAPTOP = Recipe(
     teachers=_THREE_THIN, infer=InferConfig(steps=150), labels=("static", "dynamic"), student=_LAPTOP_STUDENT
 )
-_SMALL = replace(_LAPTOP, teachers=_TWO_THIN)
+_SMALL = replace(_LAPTOP, teachers=replace(_TWO_THIN, least_steps=400))
 _DIGITS = replace(
     _LAPTOP,
     teachers=replace(_TWO_THIN, epochs=6),

@@ -14,6 +14,7 @@ Running the same command again continues the run: a finished unit is never done 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -51,6 +52,7 @@ class Run:
             self._open(directory)
 
     def _open(self, directory: Path) -> None:
+        self._created = not directory.exists()
         try:
             for part in ("units", "checkpoints"):
                 (directory / part).mkdir(parents=True, exist_ok=True)
@@ -62,10 +64,17 @@ class Run:
             ) from error
 
     def close(self) -> None:
-        """Release the directory for another process."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        """Release the directory for another process; one in which nothing was begun goes."""
+        if self._lock is None or self.directory is None:
+            return
+        if self._created and {entry.name for entry in self.directory.iterdir()} <= {".lock", "units", "checkpoints"}:
+            with contextlib.suppress(OSError):
+                for part in ("units", "checkpoints"):
+                    (self.directory / part).rmdir()
+                (self.directory / ".lock").unlink()
+                self.directory.rmdir()
+        self._lock.close()
+        self._lock = None
 
     def __enter__(self) -> Run:
         return self

@@ -40,6 +40,8 @@ def read_config(words: list[str], defaults: Settings, without: tuple[str, ...] =
     if path is None:
         return defaults
     file = f"--config {path!r}"
+    if not Path(path).exists():
+        raise StillroomError(f"{file} does not exist; --print-config writes the settings that such a file holds")
     try:
         node = yaml.compose(Path(path).read_text(), yaml.SafeLoader)
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
@@ -49,6 +51,13 @@ def read_config(words: list[str], defaults: Settings, without: tuple[str, ...] =
     if not isinstance(node, yaml.MappingNode):
         raise StillroomError(f"{file} holds {_shown(node)}, not settings; see --print-config")
     return _read_section(node, defaults, file, "", without)
+
+
+def read_plain(plain: dict[str, Any], defaults: Settings, where: str) -> Settings:
+    """Return `defaults` with the settings of a dictionary that JSON can hold, as `dataclasses.asdict` makes it."""
+    node = yaml.compose(json.dumps(plain), yaml.SafeLoader)  # JSON is YAML
+    assert isinstance(node, yaml.MappingNode)
+    return _read_section(node, defaults, where, "")
 
 
 def _read_section(

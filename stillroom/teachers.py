@@ -65,6 +65,7 @@ class TeachersConfig:
     epochs: int | None = None  # in place of the recipe's
     batch_size: int | None = None
     learning_rate: float | None = None
+    least_steps: int = 0  # train on past the epochs until as many steps: a few hundred images make an epoch of one step
     source: Literal["train", "imagenet"] = "train"  # imagenet: torchvision's IMAGENET1K_V1 weights
     checkpoints: tuple[str, ...] = ()  # NETWORK=FILE: your weights (safetensors, or a state_dict saved by torch)
     seed: int = 0
@@ -72,12 +73,19 @@ class TeachersConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, "teachers")
+        if self.least_steps < 0:
+            raise StillroomError(f"teachers.least_steps is {self.least_steps}; give 0 or more")
 
     @property
     def train(self) -> TrainConfig:
         """The recipe with its overrides."""
         given = {k: getattr(self, k) for k in ("epochs", "batch_size", "learning_rate") if getattr(self, k) is not None}
         return replace(TEACHER_RECIPES[self.recipe], **given)
+
+    def steps_for(self, images: int) -> int:
+        """The optimiser steps in which a teacher is trained on so many images."""
+        train = self.train
+        return max(self.least_steps, train.epochs * (images // min(train.batch_size, images)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +155,7 @@ def teacher_key(name: str, real: RealData, config: TeachersConfig, plan: Plan) -
         "std": real.std,
         "flip": real.flip,
         "train": asdict(config.train),
+        "steps": config.steps_for(len(real.train)),
         "seed": config.seed,
         # not which of several cards: `processor` names the kind
         "plan": {k: v for k, v in plan.as_dict().items() if k != "pack_slots"} | {"device": plan.device.split(":")[0]},
@@ -220,6 +229,7 @@ def train_teacher(
         run,
         checkpoint,
         label=f"teacher {name}",
+        total_steps=config.steps_for(len(real.train)),
         measure=lambda m: measure_accuracy(m, real.test, real.mean, real.std, plan),
     )
 
@@ -281,9 +291,13 @@ def check_above_chance(teacher: Teacher, real: RealData) -> None:
         raise StillroomError(
             f"teacher {teacher.name!r} ({teacher.source}) is right on {right} of {count} test images of {real.name!r}, "
             f"which guessing among {real.classes} classes may reach too: near chance. Train it longer "
-            f"(--teachers.epochs), or check the order of the labels (class names: {classes}), the normalisation (mean "
-            f"{real.mean}, std {real.std}) and the architecture"
+            f"(--teachers.epochs, --teachers.least-steps), or check the order of the labels (class names: {classes}), "
+            f"the normalisation (mean {_short(real.mean)}, std {_short(real.std)}) and the architecture"
         )
+
+
+def _short(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:.3f}" for value in values)
 
 
 def chance_of_guessing(right: int, count: int, chance: float) -> float:

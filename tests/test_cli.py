@@ -204,6 +204,24 @@ def test_evaluate_prints_its_settings_too(finished: Finished, tell: Told, toynet
     assert tell(*words, "--config", tmp_path / "mine.yaml", "--print-config") == (0, printed, "")
 
 
+def test_evaluate_trains_students_as_the_set_s_run_did_and_asks_where_its_images_lie(
+    finished: Finished, tell: Told, toynet: str
+) -> None:
+    code, printed, _ = tell("evaluate", finished.directory, "--print-config")
+    assert code == 0
+    assert yaml.safe_load(printed)["student"] == json.loads(json.dumps(asdict(finished.recipe.student)))
+    code, _, err = tell("evaluate", finished.directory, *ON_CPU)
+    assert code == 2
+    assert "the set was made of 'toy'; say where these images lie: --data.source PATH" in err
+
+
+def test_the_plan_of_a_part_shows_that_part(toy_recipe: Recipe, tell: Told) -> None:
+    shown = {name: tell(name, "toy", "--dry-run")[1] for name in ("squeeze", "distill", "run")}
+    assert ["compensators" in shown[name] for name in shown] == [False, True, True]
+    assert ["students" in shown[name] for name in shown] == [False, False, True]
+    assert all("teacher toynet" in text for text in shown.values())
+
+
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
@@ -215,7 +233,7 @@ def test_evaluate_prints_its_settings_too(finished: Finished, tell: Told, toynet
         (["run", "digits", "--ipc", "0"], 1, "ipc is 0"),
         (["run", "digits", "--time-limit", "soon"], 1, "--time-limit is 'soon'; give a time such as 90s"),
         (["run", "digits", "--compute.device", "tpu"], 1, "compute.device is 'tpu'"),
-        (["run", "digits", "--config", "missing.yaml"], 1, "--config 'missing.yaml' cannot be read"),
+        (["run", "digits", "--config", "missing.yaml"], 1, "--config 'missing.yaml' does not exist"),
         (["run", "small", "--data.source", "cifra10"], 1, "Did you mean 'cifar10'"),
         (["evaluate"], 2, ""),
         (["inspect"], 2, ""),
@@ -384,7 +402,7 @@ def test_one_class_is_refused(toy_recipe: Recipe, tell: Told, tmp_path: Path) ->
     ("words", "texts"),
     [
         (["--ipc", "40"], ("class 'red' has 24 training images", "ipc 40", "needs 32", "lower --ipc")),
-        (["--ipc", "1"], ("ipc 1 is too small for INFER", "smallest ipc that works is 2")),
+        (["--ipc", "1"], ("ipc 1 is too small for INFER", "smallest that works is --ipc 2")),
         (["--teachers.networks", "convnet_in"], ("'convnet_in' has no BatchNorm layers", "use a network that has")),
         (["--teachers.networks", "toynet", "toynet"], ("names 'toynet' twice",)),
         (["--data.source", "missing"], ("--data.source missing is no existing path",)),

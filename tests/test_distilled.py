@@ -524,6 +524,17 @@ def test_a_folder_that_is_no_distilled_set_is_named(tmp_path: Path) -> None:
         assert len(verify_distilled(path)) == 1
 
 
+def test_the_directory_of_a_run_is_answered_with_where_its_set_is(saved: Path, tmp_path: Path) -> None:
+    for part in ("units", "distilled"):
+        (tmp_path / "run" / part).mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(StillroomError, match="a run that has not come so far; the command that began it goes on"):
+        load_distilled(tmp_path / "run")
+    shutil.copytree(saved, tmp_path / "run" / "distilled", dirs_exist_ok=True)
+    with pytest.raises(StillroomError, match=r"the directory of a run; give .*run/distilled"):
+        load_distilled(tmp_path / "run")
+
+
 def test_a_save_refuses_a_folder_with_other_things_in_it(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
     with pytest.raises(StillroomError, match=r"holds 'README\.md' and no distilled set"):

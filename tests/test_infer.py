@@ -144,7 +144,7 @@ def test_slots_are_what_the_budget_pays_for_in_exact_integers(
 
 
 def test_ipc_too_small_names_the_smallest_that_works() -> None:
-    with pytest.raises(StillroomError, match=r"ipc 1 is too small .* smallest ipc that works is 2"):
+    with pytest.raises(StillroomError, match=r"ipc 1 is too small .* smallest that works is --ipc 2"):
         slot_count(1, 10, 4)
     assert slot_count(2, 10, 4) == 1
 

@@ -181,10 +181,14 @@ def test_naturals_and_random_images_begin_with_the_same_images(toy: RealData, pl
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ipc": 1}, "ipc 1 is too small for INFER.*the smallest ipc that works is 2"),
+        ({"ipc": 1}, "ipc 1 is too small for INFER.*the smallest that works is --ipc 2"),
         (
             {"ipc": 25},
             r"class 'red' has 24 training images, but ipc 25 needs 25; .* lower --ipc, or .* by --no-controls",
+        ),
+        (
+            {"ipc": 25, "controls": False},
+            "ipc 25 for 4 classes is a budget of 100 images, but 'toy' has only 96 training images; lower --ipc",
         ),
         ({"teachers": {"networks": ("convnet_in",)}}, "'convnet_in' has no BatchNorm.*use a network that has them"),
         ({"student": {"network": "convnte"}}, "Unknown network 'convnte'.*convnet"),

@@ -49,6 +49,19 @@ def test_the_stored_plan_is_used_again_and_what_cannot_be_is_told(tmp_path: Path
         assert run.bind_config({"seeds": (0,)}, PLAN | {"compile": "on"})["compile"] == "auto"
 
 
+def test_a_directory_in_which_nothing_was_begun_goes_and_others_stay(tmp_path: Path) -> None:
+    with Run(tmp_path / "new" / "run"):
+        assert (tmp_path / "new" / "run" / "units").is_dir()
+    assert not (tmp_path / "new" / "run").exists()
+    (tmp_path / "mine").mkdir()
+    with Run(tmp_path / "mine"):
+        pass
+    assert (tmp_path / "mine").is_dir()
+    with Run(tmp_path / "begun") as run:
+        run.bind_config({"ipc": 1}, PLAN)
+    assert (tmp_path / "begun" / "config.json").exists()
+
+
 def test_another_card_of_the_same_kind_goes_on_and_another_kind_is_refused(tmp_path: Path) -> None:
     with Run(tmp_path) as run:
         run.bind_config({}, PLAN | {"device": "cuda:1"})

@@ -75,6 +75,19 @@ def test_a_teacher_is_trained_once_measured_frozen_and_then_read_from_the_cache(
     assert hash_weights(second.model) == hash_weights(first.model) == first.hash
 
 
+def test_few_images_are_trained_on_for_the_least_steps(toy: RealData, plan: Plan, toynet: str) -> None:
+    """96 images in batches of 16 are 6 steps an epoch."""
+    config = replace(QUICK, epochs=2, batch_size=16)
+    for least, steps in ((0, 12), (12, 12), (20, 20)):
+        run = Run()
+        history = teachers_module.train_teacher(
+            ToyNet(0), toynet, toy, replace(config, least_steps=least), plan, run, run.checkpoint("unit")
+        )
+        assert history[-1]["step"] == replace(config, least_steps=least).steps_for(len(toy.train)) == steps
+    with pytest.raises(StillroomError, match=r"teachers\.least_steps is -1; give 0 or more"):
+        replace(config, least_steps=-1)
+
+
 def test_the_cache_key_changes_with_each_thing_that_decides_the_weights(toy: RealData, plan: Plan) -> None:
     pixels = toy.train.images.clone()
     pixels[0, 0, 0, 0] ^= 1
@@ -93,6 +106,7 @@ def test_the_cache_key_changes_with_each_thing_that_decides_the_weights(toy: Rea
         replace(QUICK, batch_size=8),
         replace(QUICK, learning_rate=0.1),
         replace(QUICK, seed=1),
+        replace(QUICK, least_steps=99),
     ]
     plans = [replace(plan, threads=2), replace(plan, precision="bfloat16"), replace(plan, torch_version="0")]
     plans += [replace(plan, processor="abacus"), replace(plan, seed_scheme=2), replace(plan, compile="on")]
@@ -106,6 +120,8 @@ def test_the_cache_key_changes_with_each_thing_that_decides_the_weights(toy: Rea
 def test_the_cache_key_does_not_change_with_what_leaves_the_weights_alone(toy: RealData, plan: Plan) -> None:
     entry = cache_entry("toynet", toy, QUICK, plan)
     assert cache_entry("toynet", toy, QUICK, replace(plan, pack_slots=9)) == entry
+    cards = [cache_entry("toynet", toy, QUICK, replace(plan, device=name)) for name in ("cuda", "cuda:0", "cuda:1")]
+    assert len(set(cards)) == 1  # the plan's processor names the kind of card
     assert cache_entry("toynet", toy, replace(QUICK, networks=("toynet", "convnet")), plan) == entry
     same = replace(toy, train=MemoryImages(toy.train.images.clone(), toy.train.labels.clone()))
     assert cache_entry("toynet", same, QUICK, plan) == entry
