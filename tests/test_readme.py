@@ -88,6 +88,18 @@ def test_every_public_name_is_there_and_no_module_shares_it() -> None:
     assert not set(stillroom.__all__) & {path.stem for path in Path(stillroom.__file__).parent.iterdir()}
 
 
+def test_every_file_that_the_documents_and_comments_name_is_there() -> None:
+    root = README.parent
+    texts = [README, root / "docs" / "log.md", *(root / "stillroom").rglob("*.py"), *(root / "benchmarks").glob("*.py")]
+    named = {
+        (text.name, found)
+        for text in texts
+        for found in re.findall(r"\b(?:docs|benchmarks|tests)/[\w./-]+\.(?:json|md|py)\b", text.read_text())
+    }
+    assert len(named) > 10
+    assert [(text, path) for text, path in sorted(named) if not (root / path).exists()] == []
+
+
 @pytest.mark.slow
 def test_every_python_block_runs_as_shown(tmp_path: Path) -> None:
     shown = ""
