@@ -2,10 +2,9 @@
 
     python benchmarks/compensator_step.py --out docs/results/benchmark_compensator_step.json
 
-What runs is `infer.Descent`, the very step of a distillation. The work of a step does not depend on what a teacher
-knows, but agreement does: --teacher-steps trains it briefly, else its weights are random and its running statistics
-those of a few passes over images. Exit code 1 where the two do not agree: gradients of cosine below 0.99 at the start,
-or statistics losses more than 1 % apart after a whole optimisation.
+What runs is `infer.Descent`, the very step of a distillation. Teachers have random weights and the running statistics
+of a few passes over images: the work of a step does not depend on what a teacher knows. Exit code 1 where the two do
+not agree: gradients of cosine below 0.99 at the start, or statistics losses more than 1 % apart after a whole optimisation.
 """
 
 from __future__ import annotations
@@ -43,8 +42,6 @@ from stillroom.compute import ComputeConfig, Plan, build_generator, resolve_plan
 from stillroom.data import RealData
 from stillroom.methods.infer import Descent, InferConfig, build_losses
 from stillroom.networks import build_network
-from stillroom.run import Run
-from stillroom.teachers import FAST, TeachersConfig, train_teacher
 from stillroom.train import apply_normalization
 
 NETWORKS = ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2")
@@ -52,26 +49,17 @@ VARIANTS = ("bfloat16-compiled", "float32-compiled", "bfloat16-eager", "float32-
 LEAST_COSINE, MOST_APART = 0.99, 0.01
 
 
-def build_teacher(name: str, real: RealData, plan: Plan, train_steps: int, passes: int = 20) -> nn.Module:
-    """Return a network trained for `train_steps` steps, or of random weights with statistics of `passes` batches."""
+def build_teacher(name: str, real: RealData, passes: int = 20) -> nn.Module:
+    """Return a network of random weights whose BatchNorms hold the statistics of `passes` batches of images."""
     model = build_network(name, real.classes, real.image_size)
-    if train_steps:
-        epochs = max(1, round(train_steps * FAST.batch_size / len(real.train)))
-        config, run = TeachersConfig((name,), recipe="fast", epochs=epochs), Run()
-        train_teacher(model, name, real, config, plan, run, run.checkpoint("teacher"))
-        model = model.cpu()
-    else:
-        rows = torch.randperm(len(real.train), generator=build_generator(0, "benchmark"))[: 64 * passes]
-        with torch.no_grad():
-            for batch in itertools.islice(itertools.cycle(rows.split(64)), passes):
-                model.train()(apply_normalization(real.train.batch(batch), real.mean, real.std))
+    rows = torch.randperm(len(real.train), generator=build_generator(0, "benchmark"))[: 64 * passes]
+    with torch.no_grad():
+        for batch in itertools.islice(itertools.cycle(rows.split(64)), passes):
+            model.train()(apply_normalization(real.train.batch(batch), real.mean, real.std))
     return model.eval().requires_grad_(False)
 
 
-Draw = Callable[[], torch.Generator]
-
-
-def draws(path: str) -> Draw:
+def draws(path: str) -> Callable[[], torch.Generator]:
     """Return a function that gives one generator after another, the same ones for the same `path`."""
     counter = itertools.count()
     return lambda: build_generator(0, path, next(counter))
@@ -128,7 +116,7 @@ def measure_network(name: str, real: RealData, arguments: argparse.Namespace) ->
     plans = {variant: build_plan(arguments, variant) for variant in arguments.variants}
     plan = next(iter(plans.values()))
     plan.activate()
-    teacher = build_teacher(name, real, plan, arguments.teacher_steps)
+    teacher = build_teacher(name, real)
     first = torch.stack([(real.train.labels == label).nonzero()[0, 0] for label in range(real.classes)])
     naturals = real.train.batch(first)
     images = apply_normalization(naturals, real.mean, real.std).to(plan.device)
@@ -248,7 +236,6 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     parser.add_argument("--classes", type=int, default=CLASSES, help="images in a batch, where --data is not given")
     parser.add_argument("--optimise-steps", type=int, default=100, help="of the whole optimisation; 0: none")
-    parser.add_argument("--teacher-steps", type=int, default=0, help="train the teacher first; 0: random weights")
     parser.add_argument("--pack-slots", type=int, help="slots in a step; default: as runs on this device choose")
     add_options(parser)
     arguments = parser.parse_args()

@@ -16,7 +16,7 @@ from stillroom.data import DataConfig, RealData
 from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError, suggest
 from stillroom.labels import attach_labels
-from stillroom.manifest import ImageEncoding
+from stillroom.manifest import ImageEncodingChoice
 from stillroom.methods import METHODS
 from stillroom.run import Run
 from stillroom.students import Evaluation, StudentConfig
@@ -52,7 +52,7 @@ def distill(
     ipc: int,
     *,
     labels: str = "static",
-    image_encoding: ImageEncoding | Literal["auto"] = "auto",
+    image_encoding: ImageEncodingChoice = "auto",
     seed: int = 0,
     compute: ComputeConfig | None = None,
     **settings: Any,

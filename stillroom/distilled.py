@@ -40,7 +40,7 @@ from stillroom.manifest import (
     CARD_ROLES,
     MANIFEST_NAME,
     FileFacts,
-    ImageEncoding,
+    ImageEncodingChoice,
     LabelKind,
     Manifest,
     file_name,
@@ -244,7 +244,7 @@ class DistilledSet:
         manifest = dataclasses.replace(self.manifest, label_kind=label_kind, files={})
         return dataclasses.replace(self, soft_labels=stored, manifest=manifest)
 
-    def with_image_encoding(self, encoding: ImageEncoding | Literal["auto"]) -> DistilledSet:
+    def with_image_encoding(self, encoding: ImageEncodingChoice) -> DistilledSet:
         """The same set with its images as a file of this encoding leaves them: "png" loses nothing, "jpeg95" a little.
 
         "auto": png up to 64 pixels, jpeg95 above. Compensators stay, though they were optimised on the images before.

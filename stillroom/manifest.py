@@ -31,6 +31,7 @@ LIBRARIES = ("stillroom", "torch", "torchvision", "timm", "numpy", "pillow", "py
 LabelKind = Literal["hard", "static", "dynamic"]
 ViewEncoding = Literal["exact", "jpeg75"]
 ImageEncoding = Literal["png", "jpeg95", "jpeg90", "jpeg75"]  # lossless, or JPEG of a quality, colours not subsampled
+ImageEncodingChoice = Literal["auto", ImageEncoding]  # auto: by the images' size
 Resize = Literal["refuse", "squash", "crop"]
 
 # Keys that manifests of this schema version may lack, since they came later; their defaults say what was meant.

@@ -13,6 +13,7 @@ from typing import Literal
 from stillroom.compute import ComputeConfig
 from stillroom.data import DataConfig
 from stillroom.errors import StillroomError, suggest
+from stillroom.manifest import ImageEncodingChoice
 from stillroom.methods.infer import InferConfig
 from stillroom.students import CIFAR_STUDENT, StudentConfig
 from stillroom.teachers import TeachersConfig
@@ -30,9 +31,7 @@ class Recipe:
     method: Literal["infer", "random"] = "infer"
     ipc: int = 10  # the budget, in images per class; compensators count as images
     infer: InferConfig = field(default_factory=InferConfig)
-    image_encoding: Literal["auto", "png", "jpeg95", "jpeg90", "jpeg75"] = (
-        "auto"  # of stored images; auto: png to 64 px
-    )
+    image_encoding: ImageEncodingChoice = "auto"  # of stored images; auto: png up to 64 pixels, jpeg95 above
     labels: tuple[Labels, ...] = ("static",)  # kinds of label that students are trained with, each a row of the table
     student: StudentConfig = field(default_factory=StudentConfig)
     seeds: tuple[int, ...] = (0, 1, 2)  # of the students
