@@ -4,7 +4,8 @@
 
 What runs is `infer.Descent`, the very step of a distillation. Teachers have random weights and the running statistics
 of a few passes over images: the work of a step does not depend on what a teacher knows. Exit code 1 where the two do
-not agree: gradients of cosine below 0.99 at the start, or statistics losses more than 1 % apart after a whole optimisation.
+not agree: gradients of cosine below 0.99 at the start, or statistics losses more than 1 % apart after a whole
+optimisation.
 """
 
 from __future__ import annotations
