@@ -166,10 +166,13 @@ class Run:
         path = self._unit(name, ".json")
         return break_seal(read_json(path), {}, path), {}
 
-    def checkpoint(self, name: str) -> Checkpoint:
-        """Return the place where the unfinished unit's state is kept."""
+    def checkpoint(self, name: str, made_by: str = "") -> Checkpoint:
+        """Return the place where the unfinished unit's state is kept.
+
+        `made_by`: a hash of what the work is made of and the configuration does not bind, such as teachers' weights.
+        """
         path = None if self.directory is None else self.directory / "checkpoints" / f"{name}.safetensors"
-        return Checkpoint(path)
+        return Checkpoint(path, made_by)
 
     def _unit(self, name: str, suffix: str) -> Path:
         assert self.directory is not None
@@ -279,8 +282,8 @@ class Run:
 class Checkpoint:
     """The state of unfinished work: tensors and a small dictionary, written at most once a minute and when leaving."""
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, made_by: str = "") -> None:
+        self.path, self.made_by = path, made_by
         self._written = time.monotonic()
 
     @property
@@ -291,15 +294,21 @@ class Checkpoint:
         """Replace the stored state atomically."""
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors(self.path, tensors, seal(state, tensors, self.path))
+            save_tensors(self.path, tensors, seal(state | {"made_by": self.made_by}, tensors, self.path))
             self._written = time.monotonic()
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return the stored state, or None where there is none."""
+        """Return the stored state, or None where there is none; raises StillroomError for that of other work."""
         if self.path is None or not self.path.exists():
             return None
         tensors, state = load_tensors(self.path)
-        return tensors, break_seal(state, tensors, self.path)
+        state = break_seal(state, tensors, self.path)
+        if state.pop("made_by", self.made_by) != self.made_by:
+            raise StillroomError(
+                f"{str(self.path)!r} was begun with other teachers' weights or other images; delete it to begin anew, "
+                "or give another directory with --out"
+            )
+        return tensors, state
 
     def remove(self) -> None:
         if self.path is not None:

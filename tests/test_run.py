@@ -175,6 +175,17 @@ def test_a_run_without_a_directory_keeps_nothing(tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.iterdir())
 
 
+def test_a_checkpoint_of_other_weights_is_refused_and_the_file_named(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        run.checkpoint("unit", "weights a").save({"x": torch.arange(3)}, {"step": 2})
+        tensors, state = run.checkpoint("unit", "weights a").load() or ({}, {})
+        assert (tensors["x"].tolist(), state) == ([0, 1, 2], {"step": 2})
+        with pytest.raises(
+            StillroomError, match=r"unit\.safetensors' was begun with other .*; delete it to begin anew"
+        ):
+            run.checkpoint("unit", "weights b").load()
+
+
 def test_checkpoints_are_due_once_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]
     monkeypatch.setattr(run_module.time, "monotonic", lambda: clock[0])

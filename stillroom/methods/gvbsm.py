@@ -289,7 +289,7 @@ def gather_statistics(teacher: Teacher, real: RealData, config: GvbsmConfig, see
     def make() -> dict[str, Tensor]:
         matcher = Matcher(teacher.model, 1, config.patch_side)
         layout = matcher.find_layout(real.image_size)
-        total, first, checkpoint = torch.zeros_like(layout.known), 0, run.checkpoint(unit)
+        total, first, checkpoint = torch.zeros_like(layout.known), 0, run.checkpoint(unit, teacher.hash)
         if stored := checkpoint.load():
             total, first = stored[0]["total"].to(plan.device), stored[1]["batch"]
         batches = torch.arange(len(real.train)).split(GATHER_BATCH)

@@ -237,7 +237,8 @@ def optimize_compensators(
     label = f"compensators {teacher.name} {packed.start}-{packed.stop - 1}"
     draws = [("compensators", teacher.name, slot) for slot in packed]
     remedy = f"lower infer.learning_rate (now {config.learning_rate})"
-    losses = descend(descent, draws, seed, run, unit, label, remedy)
+    made_by = sha256_bytes(teacher.hash.encode() + naturals.numpy().tobytes())
+    losses = descend(descent, draws, seed, run, run.checkpoint(unit, made_by), label, remedy)
     run.event("compensators", teacher=teacher.name, slots=list(packed), losses=losses[-1].tolist())
     return {"compensators": descent.tensor.detach().cpu(), "losses": losses.cpu()}
 

@@ -102,7 +102,8 @@ def recover_images(
                 settings.betas, plan, (-mean / std, (1 - mean) / std), memory,
             )  # fmt: skip
             remedy = f"lower {settings.method}.learning_rate (now {settings.learning_rate})"
-            losses = descend(descent, paths, seed, run, unit, f"{unit} of {len(blocks)}", remedy)
+            checkpoint = run.checkpoint(unit, made_by["hash"])
+            losses = descend(descent, paths, seed, run, checkpoint, f"{unit} of {len(blocks)}", remedy)
             run.event("images", unit=unit, losses=losses[-1].tolist())
             return {"images": to_bytes(descent.tensor.detach() * std + mean).cpu(), "losses": losses.cpu()}
 

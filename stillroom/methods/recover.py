@@ -19,7 +19,7 @@ from stillroom import augment
 from stillroom.compute import Float32Conv2d, Plan, build_generator
 from stillroom.errors import StillroomError
 from stillroom.networks import batchnorm_layers
-from stillroom.run import Run
+from stillroom.run import Checkpoint, Run
 
 # One layer's distance: per group, the L2 norm of the mean's difference plus that of the variance's. float32 [groups]
 LayerDistances = list[Tensor]
@@ -292,15 +292,20 @@ class Descent:
 
 
 def descend(
-    descent: Descent, draws: Sequence[tuple[str | int, ...]], seed: int, run: Run, unit: str, label: str, remedy: str
+    descent: Descent,
+    draws: Sequence[tuple[str | int, ...]],
+    seed: int,
+    run: Run,
+    checkpoint: Checkpoint,
+    label: str,
+    remedy: str,
 ) -> Tensor:
     """Take all steps of `descent` and return their losses, float32 [steps, terms, groups], on the device.
 
-    draws: for each group the path that its draws derive from. An unfinished `unit` goes on where it stopped. Raises
+    draws: for each group the path that its draws derive from. Unfinished work goes on from its `checkpoint`. Raises
     StillroomError, with `remedy`, where a loss is not finite, TimeLimitReached where the run is to stop.
     """
     losses = torch.zeros(0, device=descent.device)  # its number of terms is known after the first step
-    checkpoint = run.checkpoint(unit)
     first = 0
     if stored := checkpoint.load():
         tensors, state = stored
