@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,6 +217,19 @@ class DistilledSet:
         """Number of views: images times teachers, and the images themselves where the manifest counts them."""
         teachers = 0 if self.compensators is None else len(self.compensators.codes)
         return len(self.images) * (teachers + int(self.manifest.views.naturals_as_views))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what labels are made from: images, classes, compensators, how views are formed, teachers' weights.
+
+        Not of labels themselves, nor of how images are stored: sets that students could not tell apart are equal.
+        """
+        stored = self.compensators
+        parts = [self.images, self.labels, self.slots, *([] if stored is None else [stored.codes])]
+        parts += [] if stored is None or stored.scale is None else [stored.scale]
+        facts = [dataclasses.asdict(self.manifest.views), [teacher.hash for teacher in self.manifest.teachers]]
+        digests = [sha256_bytes(part.contiguous().cpu().numpy().tobytes()) for part in parts]
+        return sha256_bytes(json.dumps([digests, facts]).encode())
 
     def view_table(self) -> Tensor:
         """int64 [views, 2]: the index of the view's image, and of its compensator (teacher * slots + slot) or -1.

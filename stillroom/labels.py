@@ -92,7 +92,7 @@ def compute_static_labels(
     The views are what a student will read back: stored, dequantised, clipped. Raises StillroomError where a logit is
     not finite. A unit of work is one set: its labels are kept in the run and read back.
     """
-    made_by = {"teachers": [teacher.hash for teacher in teachers], "views": distilled.view_count}
+    made_by = {"teachers": [teacher.hash for teacher in teachers], "set": distilled.fingerprint}
     if run.unit_done(unit):
         made, tensors = run.load_unit(unit)
         if made == made_by:
@@ -143,7 +143,7 @@ def compute_label_pool(
         draws_sha256=fingerprint_draws(distilled, train, epochs),
     )
     made_by = {name: value for name, value in asdict(facts).items() if name != "epochs"}
-    made_by = json.loads(json.dumps(made_by | {"views": distilled.view_count}))  # as it will be read back
+    made_by = json.loads(json.dumps(made_by | {"set": distilled.fingerprint}))  # as it will be read back
     form_batch = build_batches(distilled, train, plan.device)
     # Stored once and for all, so in float32, as static labels are.
     logits_of = ensemble_logits(teachers, replace(plan, precision="float32"))

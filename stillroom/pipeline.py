@@ -121,19 +121,19 @@ def distill_recipe(recipe: Recipe, run: Run, real: RealData, teachers: list[Teac
     A finished one is read back; where its folder was deleted it is made again of the run's units.
     """
     folder = None if run.directory is None else run.directory / "distilled"
-    if folder is not None and folder.exists() and run.unit_done("distilled"):
-        try:
-            distilled = load_distilled(folder)
-        except StillroomError as error:
-            raise StillroomError(
-                f"{error} Or delete the folder {str(folder)!r}: the same command makes it again"
-            ) from error
-        made_by = run.load_unit("distilled")[0].get("teachers", [t.hash for t in distilled.manifest.teachers])
-        if made_by != [t.hash for t in teachers]:
+    hashes = [teacher.hash for teacher in teachers]
+    if folder is not None and run.unit_done("distilled"):
+        if run.load_unit("distilled")[0].get("teachers", hashes) != hashes:
             raise StillroomError(
                 f"{str(folder)!r} was made with other teachers' weights; give another directory with --out"
             )
-        return distilled
+        if folder.exists():
+            try:
+                return load_distilled(folder)
+            except StillroomError as error:
+                raise StillroomError(
+                    f"{error} Or delete the folder {str(folder)!r}: the same command makes it again"
+                ) from error
     distill = METHODS[recipe.method].distill
     distilled = distill(real, teachers, recipe.ipc, recipe.method_config, recipe.distill_seed, plan, run)
     distilled = distilled.with_image_encoding(recipe.image_encoding)
@@ -144,7 +144,7 @@ def distill_recipe(recipe: Recipe, run: Run, real: RealData, teachers: list[Teac
     if folder is not None:
         manifest = distilled.save(folder)
         files = {role: facts.sha256 for role, facts in manifest.files.items()}
-        run.finish_unit("distilled", {"files": files, "teachers": [teacher.hash for teacher in teachers]})
+        run.finish_unit("distilled", {"files": files, "teachers": hashes})
         distilled = load_distilled(folder)  # students train on what is stored
     return distilled
 
@@ -275,9 +275,7 @@ def build_cells(
 
 def _unit(name: str, distilled: DistilledSet) -> str:
     """Return what a set's labels and students are kept as: the same for the same set, whatever it is beside."""
-    views = distilled.manifest.views
-    read = "" if views.view_encoding == "exact" else f"-{views.view_encoding}"
-    return f"{name}-{len(distilled.images)}{read}{'' if views.clip else '-unclipped'}"
+    return f"{name}-{distilled.fingerprint[:12]}"
 
 
 def relabel(

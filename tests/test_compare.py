@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,12 @@ def run_grid(recipe: Recipe, directory: Path, **grid: Any) -> dict[str, Any]:
         return json.loads(json.dumps(compare.compare(comparison, run, "toy")))
 
 
+def find(trainings: dict[str, Any], begin: str, end: str) -> Any:
+    """The one training of a set, whose hash stands between, that is called so."""
+    (found,) = [t for name, t in trainings.items() if re.fullmatch(f"{begin}-[0-9a-f]{{12}}-{end}", name)]
+    return found
+
+
 def without_times(results: dict[str, Any]) -> dict[str, Any]:
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in results["rows"]]
     trainings = {n: {k: v for k, v in t.items() if k != "seconds"} for n, t in results["trainings"].items()}
@@ -50,7 +57,7 @@ def test_every_cell_of_the_grid_has_its_row_and_its_differences_are_those_of_the
     assert cells == [(m, i, k) for i in (3, 4) for m in ("random", "infer") for k in ("hard", "static")]
     row = results["rows"][-1]
     own, control = (
-        np.array(results["trainings"][f"{name}-toynet"]["top1"]) for name in ("infer-12-static-6", "random-16-static-6")
+        np.array(find(results["trainings"], name, "static-6-toynet")["top1"]) for name in ("infer", "random")
     )
     assert row["top1"] == own.tolist()
     assert row["differences"]["random + static, equal steps"] == pytest.approx(
@@ -91,6 +98,18 @@ def test_random_images_are_trained_on_once_though_they_are_a_method_and_a_contro
     run_grid(recipe, tmp_path / "run", methods=("random", "infer", "infer:statistics_weight=0"), ipc=(4, 3))
     assert len(trained) == len(set(trained))  # the grid grew, and nothing was done twice
     assert len(relabelled) == 3 + 5  # the grid's sets, and the naturals of each budget and slot count
+
+
+def test_variants_whose_naturals_differ_share_neither_labels_nor_students(toy_recipe: Recipe, tmp_path: Path) -> None:
+    """As many naturals of either: only what they are tells them apart."""
+    real = load_real(toy_recipe.data)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (real.mean, real.std))
+    for slot in range(3):
+        chosen = torch.arange(slot, 96, 24)  # an image of each class
+        torch.save((real.train.batch(chosen) / 255 - mean) / std, tmp_path / f"tensor_{slot}.pt")
+    recipe = replace(toy_recipe, labels=("static",), seeds=(0,))
+    trainings = run_grid(recipe, tmp_path / "run", methods=("infer", f"infer:naturals={tmp_path}"))["trainings"]
+    assert len([name for name in trainings if re.fullmatch("naturals-[0-9a-f]{12}-static-6-toynet", name)]) == 2
 
 
 def test_a_second_time_nothing_is_computed(toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,9 +299,10 @@ def test_scores_stand_beside_soft_labels_and_are_made_of_their_own_trainings(
     assert "scores" not in hard
     trainings = {name: np.mean(t["top1"]) / 100 for name, t in results["trainings"].items()}
     found = static["scores"]
-    augmented = trainings["infer-12-static-6-toynet"] - trainings["random-16-static-6-toynet"]
-    plain = trainings["infer-12-static-6-plain-toynet"] - trainings["random-16-static-6-plain-toynet"]
-    recovery = results["teachers"]["toynet"]["top1"] / 100 - trainings["infer-12-hard-6-toynet"]
+    own, hard, bare = (find(trainings, "infer", f"{kind}-toynet") for kind in ("static-6", "hard-6", "static-6-plain"))
+    augmented = own - find(trainings, "random", "static-6-toynet")
+    plain = bare - find(trainings, "random", "static-6-plain-toynet")
+    recovery = results["teachers"]["toynet"]["top1"] / 100 - hard
     assert (found["IOR"], found["IOR_plain"]) == pytest.approx((augmented, plain), abs=2e-5)
     assert found["HLR"] == pytest.approx(recovery, abs=2e-4)
     assert found["LRS"] == pytest.approx(scores.label_robust_score(augmented, recovery), abs=2e-4)

@@ -106,6 +106,33 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# ---- fingerprint
+
+
+def test_the_fingerprint_is_the_same_on_disk_and_whatever_the_labels(saved: Path) -> None:
+    made, loaded = build_set(), load_distilled(saved)
+    assert made.fingerprint == loaded.fingerprint == build_set(static=False).fingerprint
+
+
+def test_whatever_labels_are_made_from_changes_the_fingerprint() -> None:
+    made = build_set(static=False)
+    assert made.compensators is not None
+    pixel, code, label = made.images.clone(), made.compensators.codes.clone(), made.labels.flip(0)
+    pixel[3, 1, 2, 5] ^= 1
+    code[1, 2, 0, 0, 0] += 1
+    (first, second), views = made.manifest.teachers, ViewSettings(clip=False)
+    weights = (first, dataclasses.replace(second, hash="c" * 64))
+    others = [
+        dataclasses.replace(made, images=pixel),
+        dataclasses.replace(made, compensators=dataclasses.replace(made.compensators, codes=code)),
+        dataclasses.replace(made, compensators=None),
+        dataclasses.replace(made, labels=label),
+        dataclasses.replace(made, manifest=dataclasses.replace(made.manifest, views=views)),
+        dataclasses.replace(made, manifest=dataclasses.replace(made.manifest, teachers=weights)),
+    ]
+    assert len({other.fingerprint for other in (made, *others)}) == 7
+
+
 # ---- views
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Finished, build_toy_recipe, write_toy_npz
+from conftest import Finished, build_toy_recipe, build_toy_teacher, write_toy_npz
 
 from stillroom import files, pipeline, students, teachers
 from stillroom import run as run_module
-from stillroom.compute import Plan
+from stillroom.compute import Plan, resolve_plan
 from stillroom.data import FACTS, DataConfig, RealData, load_real
 from stillroom.distilled import load_distilled, verify_distilled
 from stillroom.errors import StillroomError, TimeLimitReached
@@ -341,3 +341,20 @@ def test_a_damaged_set_is_refused_with_the_way_to_mend_it_and_a_deleted_one_is_m
     with Run(tmp_path / "run") as run:
         run_recipe(finished.recipe, run, "toy")
     assert files_of(tmp_path / "run") == files_of(finished.directory)
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_set_of_other_weights_is_refused_whether_its_folder_is_there_or_not(
+    finished: Finished, toynet: str, tmp_path: Path, deleted: bool
+) -> None:
+    """The run's students were trained with the former weights' set: one made anew would be shown with their numbers."""
+    shutil.copytree(finished.directory, tmp_path / "run")
+    if deleted:
+        shutil.rmtree(tmp_path / "run" / "distilled")
+    other = [build_toy_teacher(3, "toynet")]
+    real = load_real(finished.recipe.data)
+    with (
+        Run(tmp_path / "run") as run,
+        pytest.raises(StillroomError, match=r"distilled' was made with other teachers' weights; give another"),
+    ):
+        pipeline.distill_recipe(finished.recipe, run, real, other, resolve_plan(finished.recipe.compute))
