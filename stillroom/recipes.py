@@ -224,6 +224,7 @@ _TWO_THIN, _THREE_THIN = (
 _LAPTOP = Recipe(
     teachers=_THREE_THIN,
     infer=InferConfig(steps=150),
+    gvbsm=GvbsmConfig(steps=1000),
     labels=("static", "dynamic"),
     student=protocol_student("laptop", 32),
 )
@@ -232,6 +233,9 @@ _DIGITS = replace(
     _LAPTOP,
     teachers=replace(_TWO_THIN, epochs=6),
     infer=InferConfig(steps=60),
+    sre2l=Sre2lConfig(steps=200),
+    cda=CdaConfig(steps=200),
+    gvbsm=GvbsmConfig(steps=200),
     student=StudentConfig("convnet_thin", replace(CIFAR_STUDENT, epochs=30), dynamic_epochs=30),
     labels=("static",),
     compute=ComputeConfig(pack_slots=8),
