@@ -25,21 +25,22 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import torch
 import tyro
 
 from stillroom import __version__
-from stillroom.compare import Comparison, Grid, compare, comparison_of
+from stillroom.compare import compare
 from stillroom.compute import ComputeConfig, Plan, resolve_plan
 from stillroom.data import FACTS, DataConfig, RealData, load_real
 from stillroom.distilled import DistilledSet, load_distilled, verify_distilled
 from stillroom.errors import StillroomError, TimeLimitReached, UsageError, suggest
-from stillroom.estimate import estimate_recipe
+from stillroom.estimate import estimate_comparison, estimate_recipe
 from stillroom.exchange import ImportConfig, import_set
 from stillroom.export import ExportLayout, export_set
 from stillroom.files import read_json, write_json
+from stillroom.grid import Comparison, Grid, comparison_of
 from stillroom.labels import PoolConfig
 from stillroom.manifest import LabelKind
 from stillroom.pipeline import (
@@ -89,17 +90,23 @@ class RecipeCommand:
     dry_run: bool = False  # print the plan with an estimate of time, memory and bytes, and stop
     print_config: bool = False  # print the resolved settings as YAML and stop
 
+    @property
+    def directory(self) -> Path:
+        """The run's directory."""
+        return self.out or Path("runs") / self.recipe
+
 
 @dataclass(frozen=True)
-class CompareCommand:
+class CompareCommand(RecipeCommand):
     """Compare methods, budgets and students in one table; --method and --ipc are the grid's to say."""
 
-    recipe: tyro.conf.Positional[str] = "small"  # a name that `stillroom recipes` lists: data, teachers, protocol
     settings: Annotated[Comparison, tyro.conf.arg(name="")] = field(default_factory=Comparison)
     out: Path | None = None  # run directory; runs/compare-RECIPE if not given
-    config: Path | None = None  # YAML file with settings, as --print-config writes it; flags override it
-    time_limit: str | None = None  # stop cleanly after this time (90s, 9m, 2h); the same command goes on
-    print_config: bool = False  # print the resolved settings as YAML and stop
+
+    @property
+    def directory(self) -> Path:
+        """The comparison's directory."""
+        return self.out or Path("runs") / f"compare-{self.recipe}"
 
 
 @dataclass(frozen=True)
@@ -169,6 +176,9 @@ class CleanCommand:
     cache: str | None = None  # folder of trained teachers; None: $STILLROOM_CACHE, or else ~/.cache/stillroom
 
 
+Command = TypeVar("Command", bound=RecipeCommand)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     words = sys.argv[1:] if argv is None else argv
@@ -222,39 +232,32 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_command(words: list[str]) -> int:
     """stillroom run: everything."""
-    command = parse_recipe("run", words)
+    command = parse_recipe("run", words, RecipeCommand)
     if command is None:
         return OK
     with _open_run(command) as run:
         results = run_recipe(command.settings, run, command.recipe)
     show_results(results)
-    print_where(_directory(command))
+    print_where(command.directory)
     return OK
 
 
 def compare_command(words: list[str]) -> int:
     """stillroom compare: a grid of methods, budgets and students as one table."""
-    recipe = next((word for word in words[:1] if not word.startswith("-")), "small")
-    with reading_words():
-        preset = comparison_of(find_recipe(recipe), Grid())
-    command = parse_words(CompareCommand, "compare", words, CompareCommand(recipe, read_config(words, preset)))
-    parse_duration(command.time_limit)
-    if command.recipe != recipe:
-        raise UsageError(f"name the recipe first: stillroom compare {command.recipe} ...")
-    if command.print_config:
-        print(to_yaml(command.settings))
+    command = parse_recipe("compare", words, CompareCommand)
+    if command is None:
         return OK
-    out = command.out or Path("runs") / f"compare-{recipe}"
-    with Run(out, time_limit=parse_duration(command.time_limit)) as run, run.stop_on_signals():
-        results = compare(command.settings, run, recipe)
+    with _open_run(command) as run:
+        results = compare(command.settings, run, command.recipe)
     show_comparison(results)
+    out = command.directory
     print(f"table: {out / 'table.md'}, .tex, .csv; all numbers: {out / 'comparison.json'}; sets: {out / 'sets'}")
     return FAILED if any("error" in row for row in results["rows"]) else OK
 
 
 def squeeze_command(words: list[str]) -> int:
     """stillroom squeeze: the teachers."""
-    command = parse_recipe("squeeze", words)
+    command = parse_recipe("squeeze", words, RecipeCommand)
     if command is None:
         return OK
     with _open_run(command) as run:
@@ -266,7 +269,7 @@ def squeeze_command(words: list[str]) -> int:
 
 def distill_command(words: list[str]) -> int:
     """stillroom distill: teachers and the distilled set."""
-    command = parse_recipe("distill", words)
+    command = parse_recipe("distill", words, RecipeCommand)
     if command is None:
         return OK
     with _open_run(command) as run:
@@ -274,7 +277,7 @@ def distill_command(words: list[str]) -> int:
         needed = command.settings.needs_teachers
         teachers = load_teachers(real, command.settings.teachers, plan, run) if needed else []
         distill_recipe(command.settings, run, real, teachers, plan)
-    show_budget(_directory(command) / "distilled")
+    show_budget(command.directory / "distilled")
     return OK
 
 
@@ -420,7 +423,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 # -- from words to runs --------------------------------------------------------------------------------------------
 
 
-def parse_recipe(name: str, words: list[str]) -> RecipeCommand | None:
+def parse_recipe(name: str, words: list[str], kind: type[Command]) -> Command | None:
     """Return the command with its settings resolved: recipe, then protocol, then YAML file, then flags.
 
     None where --print-config or --dry-run has said all there is to say. Raises UsageError for an unknown recipe, for a
@@ -429,11 +432,12 @@ def parse_recipe(name: str, words: list[str]) -> RecipeCommand | None:
     recipe = next((word for word in words[:1] if not word.startswith("-")), "small")
     with reading_words():
         preset = find_recipe(recipe)
-    command = parse_words(RecipeCommand, name, words, RecipeCommand(recipe, read_config(words, preset)))
+    preset = comparison_of(preset, Grid()) if issubclass(kind, CompareCommand) else preset
+    command = parse_words(kind, name, words, kind(recipe, read_config(words, preset)))
     if command.protocol is not None:
         with reading_words():
             settings = _recipe_under_protocol(preset, command.protocol, command.settings.data)
-        command = parse_words(RecipeCommand, name, words, RecipeCommand(recipe, read_config(words, settings)))
+        command = parse_words(kind, name, words, kind(recipe, read_config(words, settings)))
     parse_duration(command.time_limit)
     if command.recipe != recipe:
         raise UsageError(f"name the recipe first: stillroom {name} {command.recipe} ...")
@@ -441,8 +445,12 @@ def parse_recipe(name: str, words: list[str]) -> RecipeCommand | None:
         print(to_yaml(command.settings))
         return None
     if command.dry_run:
-        last = {"squeeze": "teachers", "distill": "set"}.get(name, "students")
-        show_estimate(f"{command.recipe}: plan of {_directory(command)}", *estimate_recipe(command.settings, last))
+        if isinstance(command.settings, Comparison):
+            estimate = estimate_comparison(command.settings)
+        else:
+            last = {"squeeze": "teachers", "distill": "set"}.get(name, "students")
+            estimate = estimate_recipe(command.settings, last)
+        show_estimate(f"{command.recipe}: plan of {command.directory}", *estimate)
         return None
     return command
 
@@ -470,13 +478,9 @@ def _under_protocol(command: EvaluateCommand, name: ProtocolName) -> EvaluateCom
     return dataclasses.replace(command, student=student, labels=labels, teachers=teachers)
 
 
-def _directory(command: RecipeCommand) -> Path:
-    return command.out or Path("runs") / command.recipe
-
-
 @contextlib.contextmanager
 def _open_run(command: RecipeCommand) -> Iterator[Run]:
-    with Run(_directory(command), time_limit=parse_duration(command.time_limit)) as run, run.stop_on_signals():
+    with Run(command.directory, time_limit=parse_duration(command.time_limit)) as run, run.stop_on_signals():
         yield run
 
 

@@ -13,12 +13,10 @@ is marked in the table and does not lose the others.
 
 from __future__ import annotations
 
-import hashlib
-import re
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,18 +24,16 @@ from torch import Tensor
 from stillroom.compute import Plan
 from stillroom.data import FACTS, RealData
 from stillroom.distilled import DistilledSet, count_bytes
-from stillroom.errors import StillroomError, check_choices, suggest
+from stillroom.errors import StillroomError
 from stillroom.files import write_atomic, write_json
-from stillroom.labels import LABEL_BYTES
-from stillroom.manifest import LabelKind
+from stillroom.grid import Comparison, Entry, check_grid, set_name, slug
 from stillroom.methods import METHODS
-from stillroom.networks import build_network, penultimate_features
+from stillroom.networks import penultimate_features
 from stillroom.paper import PAPER
 from stillroom.pipeline import (
     Cell,
     bound_settings,
     build_cells,
-    check_recipe,
     describe_budget,
     distill_recipe,
     is_preset,
@@ -45,8 +41,8 @@ from stillroom.pipeline import (
     open_stages,
     provenance,
 )
-from stillroom.recipes import RECIPES, Recipe
-from stillroom.render import FORMATS, to_csv
+from stillroom.recipes import RECIPES
+from stillroom.render import FORMATS, records_of, table_of, to_csv
 from stillroom.run import Run
 from stillroom.scores import (
     augmentation_robust_score,
@@ -54,7 +50,6 @@ from stillroom.scores import (
     improvement_over_random,
     label_robust_score,
 )
-from stillroom.settings import read_plain
 from stillroom.students import Evaluation, StudentConfig, evaluate
 from stillroom.teachers import Teacher, load_teachers
 from stillroom.train import apply_normalization
@@ -63,147 +58,41 @@ FEATURE_BATCH = 256
 
 
 @dataclass(frozen=True)
-class Grid:
-    """What is compared with what. LabelKind, seeds and everything else are the recipe's."""
+class Work:
+    """What all cells of a comparison share, and whose turn it is among its students."""
 
-    methods: tuple[str, ...] = ("random", "infer")  # METHOD, or METHOD:setting=value,... for one with other settings
-    ipc: tuple[int, ...] = ()  # budgets in images per class; none: the recipe's
-    students: tuple[str, ...] = ()  # networks; none: the recipe's
-    budget: Literal["ipc", "bytes"] = "ipc"  # bytes: every method gets the bytes of so many real images and labels
-    scores: bool = False  # label- and augmentation-robust scores: adds hard labels, and trainings without augmentation
+    comparison: Comparison
+    real: RealData
+    teachers: list[Teacher]
+    plan: Plan
+    run: Run
+    references: dict[str, float]  # network -> its accuracy when trained on all real images
+    student: StudentConfig
+    done: dict[str, dict[str, Any]] = field(default_factory=dict)  # what was trained, by name of cell and student
 
-    def __post_init__(self) -> None:
-        check_choices(self, "grid")
-        for name in ("methods", "ipc", "students"):
-            values = getattr(self, name)
-            if len(set(values)) != len(values):
-                raise StillroomError(f"grid.{name} {' '.join(map(str, values))} has repeats; give each once")
-        if not self.methods:
-            raise StillroomError("grid.methods is empty; give at least one, such as random infer")
-        if self.scores and self.budget == "bytes":
-            raise StillroomError(
-                "grid.scores compares hard with soft labels of one set; give --grid.budget ipc with it"
+    @property
+    def students(self) -> list[StudentConfig]:
+        """The students of the grid, or the recipe's."""
+        own = self.comparison.student
+        return [replace(own, network=network) for network in self.comparison.grid.students] or [own]
+
+    def train(self, cell: Cell, plain: bool = False) -> Evaluation:
+        """Train the students of a cell, or read them back; `plain`: without augmentation and mixing."""
+        student, name = self.student, cell.name
+        if plain:
+            bare = replace(
+                student.train, crop_padding=0, flip=False, resized_crop=False, mixup_beta=0.0, cutmix_beta=0.0
             )
-        if any(ipc < 1 for ipc in self.ipc):
-            raise StillroomError(f"grid.ipc is {self.ipc}; give budgets of 1 or more images per class")
-
-
-@dataclass(frozen=True)
-class Comparison(Recipe):
-    """A recipe, of which the grid varies method, budget and student."""
-
-    grid: Grid = field(default_factory=Grid)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.grid.scores and not self.controls:
-            raise StillroomError("grid.scores are made of the random control; leave --no-controls out")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One distilled set of the grid."""
-
-    name: str  # of the method in the table
-    budget_ipc: int  # the row's budget; the recipe's ipc differs from it where budgets are matched by bytes
-    recipe: Recipe  # of this set and its labels
-
-
-def comparison_of(recipe: Recipe, grid: Grid) -> Comparison:
-    """Return `recipe` with a grid."""
-    return Comparison(**{f.name: getattr(recipe, f.name) for f in fields(Recipe)}, grid=grid)
-
-
-# -- the grid ------------------------------------------------------------------------------------------------------
-
-
-def read_method(text: str, recipe: Recipe) -> Recipe:
-    """Return `recipe` by another method: "METHOD", or "METHOD:setting=value,setting=[a,b]".
-
-    Raises StillroomError for an unknown method or setting and for a value of another type.
-    """
-    method, _, rest = text.partition(":")
-    if method not in METHODS:
-        raise StillroomError(f"grid.methods: there is no method {method!r}.{suggest(method, METHODS)}")
-    chosen = replace(recipe, method=method)  # type: ignore[arg-type]
-    if text.endswith(":"):
-        raise StillroomError(f"grid.methods: {text!r} ends where a setting=value should be; give {method!r}")
-    given: dict[str, Any] = {}
-    for part in filter(None, re.split(r",(?![^\[]*\])", rest)):
-        name, equals, value = part.partition("=")
-        if not equals:
-            raise StillroomError(f"grid.methods: {text!r} has {part!r} where a setting=value should be")
-        listed = value.startswith("[") and value.endswith("]")
-        given[name.strip()] = [v.strip() for v in value[1:-1].split(",")] if listed else value.strip()
-    if not given:
-        return chosen
-    if not hasattr(recipe, method):
-        raise StillroomError(f"grid.methods: {method!r} has no settings, but {text!r} gives some")
-    config = read_plain(given, chosen.method_config, f"grid.methods {text!r}")
-    return replace(chosen, **{method: config})
-
-
-def plan_entries(comparison: Comparison, real: RealData) -> tuple[list[Entry], list[str]]:
-    """Return the distilled sets of the grid, and a sentence for each that cannot be."""
-    base = Recipe(**{f.name: getattr(comparison, f.name) for f in fields(Recipe)})
-    grid = comparison.grid
-    entries: list[Entry] = []
-    refused: list[str] = []
-    if grid.scores and "hard" not in base.labels:
-        base = replace(base, labels=("hard", *base.labels))
-    for ipc in grid.ipc or (base.ipc,):
-        for text in grid.methods:
-            try:
-                recipe = replace(read_method(text, base), ipc=ipc)
-                matched: dict[int, list[LabelKind]] = {}
-                for labels in base.labels:
-                    count = ipc if grid.budget == "ipc" else match_bytes(recipe, real, labels)
-                    matched.setdefault(count, []).append(labels)
-                for count, kinds in matched.items():
-                    own = replace(recipe, ipc=count, labels=tuple(kinds))
-                    check_recipe(own, real)
-                    for other in entries:
-                        if other.name != text and other.recipe == own and other.budget_ipc == ipc:
-                            raise StillroomError(f"it is the same as {other.name!r}; leave one of them out")
-                    entries.append(Entry(text, ipc, own))
-            except StillroomError as error:
-                refused.append(f"{text}, ipc {ipc}: {error}")
-    for network in grid.students:
-        try:
-            build_network(network, real.classes, real.image_size)
-        except StillroomError as error:
-            refused.append(f"student {network}: {error}")
-    return entries, refused
-
-
-def match_bytes(recipe: Recipe, real: RealData, labels: LabelKind) -> int:
-    """Return the largest ipc of the recipe's method whose raw bytes stay within those of `recipe.ipc` random images.
-
-    Counted are pixels, compensators and stored labels (static: a float16 row per view; hard and dynamic: none).
-    Raises StillroomError where not even one image per class does.
-    """
-    budget = raw_bytes(replace(recipe, method="random"), real, labels)
-    for ipc in range(recipe.ipc, 0, -1):
-        try:
-            if raw_bytes(replace(recipe, ipc=ipc), real, labels) <= budget:
-                return ipc
-        except StillroomError:  # too small for the method
-            break
-    raise StillroomError(
-        f"{recipe.method} with {labels} labels has no set of at most {budget:,} bytes, those of {recipe.ipc} random "
-        "images per class; raise --grid.ipc"
-    )
-
-
-def raw_bytes(recipe: Recipe, real: RealData, labels: LabelKind) -> int:
-    """Return the raw bytes of a set of the recipe: pixels, compensators, and static labels."""
-    content = METHODS[recipe.method].content(real, len(recipe.teachers.networks), recipe.ipc, recipe.method_config)
-    pixels = 3 * real.image_size**2
-    stored = content.views * real.classes * LABEL_BYTES if labels == "static" else 0
-    return content.images * pixels + content.compensators * pixels * content.compensator_bits // 8 + stored
-
-
-# -- execution -----------------------------------------------------------------------------------------------------
+            student, name = replace(student, train=bare), f"{name}-plain"
+        teachers = labellers(self.comparison, self.teachers)
+        result = evaluate(
+            cell.distilled, self.real, student, self.comparison.seeds, self.plan, self.run, teachers=teachers,
+            total_steps=cell.total_steps, cell=name,
+        )  # fmt: skip
+        facts = {k: [round(100 * v, 3) for v in getattr(result, k)] for k in ("top1", "top5")}
+        steps, seconds = cell.total_steps, list(result.seconds)
+        self.done[f"{name}-{student.network}"] = facts | {"steps": steps, "seconds": seconds}
+        return result
 
 
 def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str, Any]:
@@ -215,22 +104,17 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
     if run.directory is None:
         raise StillroomError("a comparison needs a run directory to keep its sets; give one with --out")
     entries: list[Entry] = []
-
-    def check(real: RealData) -> None:
-        found, refused = plan_entries(comparison, real)
-        if refused:
-            raise StillroomError("these cells cannot be:\n  " + "\n  ".join(refused) + "\nleave them out of the grid")
-        entries.extend(found)
-
-    real, plan = open_stages(comparison, run, check, shared_settings)
+    real, plan = open_stages(
+        comparison, run, lambda real: entries.extend(check_grid(comparison, real)), shared_settings
+    )
     made_by = provenance(plan)
-    teachers = load_teachers(real, comparison.teachers, plan, run)
-    students = [replace(comparison.student, network=n) for n in comparison.grid.students] or [comparison.student]
-    references = measure_references(comparison, students, real, plan, run)
-    done: dict[str, dict[str, Any]] = {}  # what was trained, by name of cell and student
+    needed = any(entry.recipe.needs_teachers for entry in entries)
+    teachers = load_teachers(real, comparison.teachers, plan, run) if needed else []
+    references = measure_references(comparison, real, plan, run)
+    work = Work(comparison, real, teachers, plan, run, references, comparison.student)
     rows: list[dict[str, Any]] = []
     for entry in entries:
-        for row in compare_entry(entry, comparison, students, real, teachers, plan, run, done, references):
+        for row in compare_entry(entry, work):
             rows.append(row)
             run.event("row", **row)
     results = {
@@ -240,7 +124,7 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
         "seeds": list(comparison.seeds),
         "budget": comparison.grid.budget,
         "rows": rows,
-        "trainings": done,
+        "trainings": work.done,
         "provenance": made_by,
         "settings": asdict(comparison),
     }
@@ -252,70 +136,6 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
     return results
 
 
-def table_of(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the rows of a comparison's table as texts.
-
-    Differences are those of the means, paired by seed, to random images (same labels) and to the method's own naturals.
-    """
-    scored, seeds = any("scores" in row for row in results["rows"]), len(results["seeds"])
-    header = [
-        "method", "ipc", "labels", "student", "steps", "top-1", "vs random, equal epochs", "vs random, equal steps",
-        "vs naturals, equal steps", "images", "compensators", "labels, bytes", "ratio by bytes", "ratio as the paper",
-        "distil s", "train s", "duplication", *(("LRS", "ARS", "HLR", "IOR") if scored else ()), "paper",
-    ]  # fmt: skip
-    rows = []
-    for row in results["rows"]:
-        ipc = str(row["ipc"]) if row["ipc"] == row["matched_ipc"] else f"{row['ipc']} (as bytes: {row['matched_ipc']})"
-        first = [row["method"], ipc, row["labels"], row["student"]]
-        if "error" in row:
-            rows.append([*first, "failed: " + row["error"], *[""] * (len(header) - 5)])
-            continue
-        differences = [
-            _spread(row["differences"].get(f"{control} + {row['labels']}, {budget}"), "+", seeds)
-            for control, budget in (("random", "equal epochs"), ("random", "equal steps"), ("naturals", "equal steps"))
-        ]
-        size, scores = row["bytes"], row.get("scores", {})
-        rows.append([
-            *first, f"{row['steps']:,}", _spread([row["mean"], row["std"]], "", seeds), *differences,
-            *(f"{size['raw'][part]:,}" for part in ("images", "compensators", "labels")),
-            f"{100 * size['raw_ratio']:.2f} %", f"{100 * size['paper_ratio']:.2f} %", f"{row['seconds']['distil']:.0f}",
-            f"{row['seconds']['train']:.0f}", "-" if row["duplication"] is None else f"{row['duplication']:.3f}",
-            *((f"{scores[k]:.3f}" if k in scores else "-" for k in ("LRS", "ARS", "HLR", "IOR")) if scored else ()),
-            _spread(row["paper"]),
-        ])  # fmt: skip
-    return header, rows
-
-
-def records_of(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the rows of a comparison for machines: a plain number a column, empty where there is none.
-
-    Nested keys are joined by dots; means and deviations stand apart; seeds' own accuracies are in comparison.json.
-    """
-    rows = [_flatten(row) for row in results["rows"]]
-    header = list(dict.fromkeys(key for row in rows for key in row))
-    return header, [[str(row.get(key, "")) for key in header] for row in rows]
-
-
-def _flatten(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in row.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{name}.")
-        elif isinstance(value, list | tuple) and name not in ("top1", "top5"):
-            flat |= {f"{name}.mean": value[0], f"{name}.std": value[1]}
-        elif value is not None and name not in ("top1", "top5"):
-            flat[name] = value
-    return flat
-
-
-def _spread(numbers: Sequence[float] | None, sign: str = "", seeds: int = 2) -> str:
-    if numbers is None:
-        return "-"
-    mean = f"{round(numbers[0], 1) + 0.0:{sign}.1f}"  # no -0.0
-    return f"{mean} ± {numbers[1]:.1f}" if seeds > 1 else mean
-
-
 def shared_settings(settings: dict[str, Any], real: RealData) -> dict[str, Any]:
     """Return what binds the whole comparison: what its cells share. The grid, labels and seeds may grow."""
     kept = bound_settings(settings, real)
@@ -323,54 +143,42 @@ def shared_settings(settings: dict[str, Any], real: RealData) -> dict[str, Any]:
     return {k: v for k, v in kept.items() if k not in ("method", "ipc", "labels", "grid")} | always
 
 
-def measure_references(
-    comparison: Comparison, students: Sequence[StudentConfig], real: RealData, plan: Plan, run: Run
-) -> dict[str, float]:
+def measure_references(comparison: Comparison, real: RealData, plan: Plan, run: Run) -> dict[str, float]:
     """Return each student network's accuracy when trained on all real images with hard labels, as teachers are."""
     if not comparison.grid.scores:
         return {}
-    names = tuple(dict.fromkeys(student.network for student in students))
+    names = comparison.grid.students or (comparison.student.network,)
     config = replace(comparison.teachers, networks=names, checkpoints=(), source="train")
     return {t.name: t.accuracy["top1"] for t in load_teachers(real, config, plan, run)}
 
 
-def compare_entry(
-    entry: Entry,
-    comparison: Comparison,
-    students: Sequence[StudentConfig],
-    real: RealData,
-    teachers: list[Teacher],
-    plan: Plan,
-    run: Run,
-    done: dict[str, dict[str, Any]],
-    references: dict[str, float],
-) -> Iterator[dict[str, Any]]:
+def compare_entry(entry: Entry, work: Work) -> Iterator[dict[str, Any]]:
     """Yield the rows of one distilled set: one for each student and kind of label."""
-    assert run.directory is not None
-    keys = [(student, labels) for student in students for labels in entry.recipe.labels]
+    students, kinds = work.students, entry.recipe.labels
     try:
-        distilled, seconds = make_set(entry, real, teachers, plan, run)
+        distilled, seconds = make_set(entry, work)
         random = None
-        if comparison.controls and entry.recipe.method != "random":
+        if work.comparison.controls and entry.recipe.method != "random":
             control = replace(entry.recipe, method="random", ipc=entry.budget_ipc)  # of equal bytes, where those count
-            random, _ = make_set(Entry("random", entry.budget_ipc, control), real, teachers, plan, run)
-        duplication = feature_duplication(distilled, teachers[0], plan) if teachers else None
+            random, _ = make_set(Entry("random", entry.budget_ipc, control), work)
+        duplication = feature_duplication(distilled, work.teachers[0], work.plan) if work.teachers else None
     except StillroomError as error:
-        yield from (_failed(entry, student, labels, error) for student, labels in keys)
+        yield from (_failed(entry, student, labels, error) for student in students for labels in kinds)
         return
     for student in students:
-        work = Work(comparison, student, real, teachers, plan, run, done)
+        own, recipe = replace(work, student=student), replace(entry.recipe, student=student)
         try:
-            recipe = replace(entry.recipe, student=student)
-            cells = build_cells(recipe, distilled, real, teachers, plan, run, slug(entry.name), random)
+            cells = build_cells(
+                recipe, distilled, work.real, work.teachers, work.plan, work.run, slug(entry.name), random
+            )
         except StillroomError as error:
-            yield from (_failed(entry, student, labels, error) for labels in entry.recipe.labels)
+            yield from (_failed(entry, student, labels, error) for labels in kinds)
             continue
-        for labels in entry.recipe.labels:
+        for labels in kinds:
             try:
-                row = compare_cell(entry, distilled, labels, cells, work)
-                if references and labels != "hard":
-                    row["scores"] = score_cell(labels, cells, work, references[student.network])
+                row = compare_cell(entry, distilled, labels, cells, own)
+                if work.references and labels != "hard":
+                    row["scores"] = score_cell(labels, cells, own)
             except StillroomError as error:
                 yield _failed(entry, student, labels, error)
                 continue
@@ -378,50 +186,12 @@ def compare_entry(
             yield row | {"duplication": duplication}
 
 
-def make_set(entry: Entry, real: RealData, teachers: list[Teacher], plan: Plan, run: Run) -> tuple[DistilledSet, float]:
+def make_set(entry: Entry, work: Work) -> tuple[DistilledSet, float]:
     """Return an entry's distilled set, made or read back, and the seconds that it took."""
-    assert run.directory is not None
-    with Run(run.directory / "sets" / set_name(entry), parent=run) as own:
-        own.bind_config(bound_settings(asdict(entry.recipe) | {"labels": ()}, real), plan.as_dict())
-        return distill_recipe(entry.recipe, own, real, teachers, plan), own.seconds_spent()
-
-
-@dataclass(frozen=True)
-class Work:
-    """What the trainings of one kind of student share."""
-
-    comparison: Comparison
-    student: StudentConfig
-    real: RealData
-    teachers: list[Teacher]
-    plan: Plan
-    run: Run
-    done: dict[str, dict[str, Any]]
-
-    def train(self, cell: Cell, plain: bool = False) -> Evaluation:
-        """Train the students of a cell, or read them back; `plain`: without augmentation and mixing."""
-        student, name = self.student, cell.name
-        if plain:
-            bare = replace(
-                student.train, crop_padding=0, flip=False, resized_crop=False, mixup_beta=0.0, cutmix_beta=0.0
-            )
-            student, name = replace(student, train=bare), f"{name}-plain"
-        seeds = self.comparison.seeds
-        steps = cell.total_steps
-        result = evaluate(
-            cell.distilled,
-            self.real,
-            student,
-            seeds,
-            self.plan,
-            self.run,
-            teachers=labellers(self.comparison, self.teachers),
-            total_steps=steps,
-            cell=name,
-        )
-        facts = {k: [round(100 * v, 3) for v in getattr(result, k)] for k in ("top1", "top5")}
-        self.done[f"{name}-{student.network}"] = facts | {"steps": steps, "seconds": list(result.seconds)}
-        return result
+    assert work.run.directory is not None
+    with Run(work.run.directory / "sets" / set_name(entry), parent=work.run) as own:
+        own.bind_config(bound_settings(asdict(entry.recipe) | {"labels": ()}, work.real), work.plan.as_dict())
+        return distill_recipe(entry.recipe, own, work.real, work.teachers, work.plan), own.seconds_spent()
 
 
 def compare_cell(entry: Entry, saved: DistilledSet, labels: str, cells: list[Cell], work: Work) -> dict[str, Any]:
@@ -453,7 +223,7 @@ def compare_cell(entry: Entry, saved: DistilledSet, labels: str, cells: list[Cel
     }
 
 
-def score_cell(labels: str, cells: list[Cell], work: Work, real_hard: float) -> dict[str, float]:
+def score_cell(labels: str, cells: list[Cell], work: Work) -> dict[str, float]:
     """Return the scores of one set, kind of label and student, with their raw parts (shares in [0, 1]).
 
     Replayed labels belong to augmented batches, so they have no augmentation-robust score.
@@ -462,6 +232,7 @@ def score_cell(labels: str, cells: list[Cell], work: Work, real_hard: float) -> 
     random = next(
         (c for c in cells if (c.set, c.labels) == ("random", labels) and f"equal steps ({labels})" in c.budget), own
     )  # random images themselves are their own control
+    real_hard = work.references[work.student.network]
     recovery = hard_label_recovery(real_hard, work.train(hard).mean)
     gain = improvement_over_random(work.train(own).mean, work.train(random).mean)
     scores = {"LRS": label_robust_score(gain, recovery), "HLR": recovery, "IOR": gain, "real_hard": real_hard}
@@ -518,19 +289,6 @@ def paper_number(entry: Entry, labels: str, student: StudentConfig, real: RealDa
             if number and is_preset(name, protocol, real):
                 return list(number)
     return None
-
-
-def slug(name: str) -> str:
-    """Return a method's name in the table as part of a file name, another for every other name."""
-    if re.fullmatch(r"[a-z0-9_]+", name):
-        return name
-    digest = hashlib.sha256(name.encode()).hexdigest()[:6]
-    return f"{re.sub(r'[^a-zA-Z0-9_.]+', '-', name)[:60]}-{digest}"
-
-
-def set_name(entry: Entry) -> str:
-    """Return the name of the folder of an entry's set."""
-    return f"{slug(entry.name)}-ipc{entry.recipe.ipc}"
 
 
 def _difference(of: Evaluation, control: Evaluation) -> list[float]:

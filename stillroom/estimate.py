@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from stillroom.compute import Plan, resolve_plan
 from stillroom.data import RealData, load_real
-from stillroom.labels import dynamic_label_bytes
+from stillroom.grid import Comparison, Entry, check_grid, set_name
+from stillroom.labels import LABEL_BYTES, dynamic_label_bytes
 from stillroom.logits import count_logit_bytes
-from stillroom.methods import gvbsm
+from stillroom.methods import METHODS, gvbsm
 from stillroom.methods.infer import makers_of, slot_count
 from stillroom.methods.pixels import class_blocks, pack_blocks, slot_blocks
 from stillroom.methods.recover import Objective, Recorder, build_objective
-from stillroom.methods.select import SCORING_BATCH
+from stillroom.methods.select import SCORING_BATCH, Content
 from stillroom.networks import build_network
 from stillroom.pipeline import check_recipe
 from stillroom.recipes import Recipe
@@ -45,6 +46,9 @@ class Stage:
     kept: int
 
 
+Training = tuple[str, str, int, str]  # set, kind of label, steps and network: what is trained once however often named
+
+
 def estimate_recipe(recipe: Recipe, last: str = "students") -> tuple[list[Stage], list[str]]:
     """Return the stages of `recipe` on this machine up to `last` (teachers, set or students), and remarks on them.
 
@@ -52,20 +56,47 @@ def estimate_recipe(recipe: Recipe, last: str = "students") -> tuple[list[Stage]
     nothing and are named in the remarks.
     """
     notes: list[str] = []
-    plan = resolve_plan(recipe.compute, notes.append)
-    plan.activate()
-    real = load_real(recipe.data)
+    real, plan = _open(recipe, notes)
     check_recipe(recipe, real)
     stages = _teacher_stages(recipe, real, plan, notes) if recipe.needs_teachers or last == "teachers" else []
     if last != "teachers":
         stages += _distill_stages(recipe, real, plan)
     if last == "students":
-        stages += _student_stages(recipe, real, plan)
+        stages += _student_stages(recipe, real, plan, set())
+    return stages, notes
+
+
+def estimate_comparison(comparison: Comparison) -> tuple[list[Stage], list[str]]:
+    """Return the stages of the whole grid on this machine, and remarks on them: as estimate_recipe does.
+
+    What cells share is counted once; what a run directory holds already is counted too. Trainings for scores are not.
+    """
+    notes: list[str] = []
+    real, plan = _open(comparison, notes)
+    entries = check_grid(comparison, real)
+    needed = any(entry.recipe.needs_teachers for entry in entries)
+    stages = _teacher_stages(comparison, real, plan, notes) if needed else []
+    known: set[Training] = set()
+    for entry in entries:
+        own = _distill_stages(entry.recipe, real, plan)
+        for network in comparison.grid.students or (comparison.student.network,):
+            recipe = replace(entry.recipe, student=replace(comparison.student, network=network))
+            found = _student_stages(recipe, real, plan, known, entry)
+            own += [replace(stage, name=f"{stage.name}, {network}") for stage in found]
+        stages += [replace(stage, name=f"{set_name(entry)}: {stage.name.strip()}") for stage in own]
+    if comparison.grid.scores:
+        notes.append("the trainings that scores are made of are not counted")
+    return stages, notes
+
+
+def _open(recipe: Recipe, notes: list[str]) -> tuple[RealData, Plan]:
+    plan = resolve_plan(recipe.compute, notes.append)
+    plan.activate()
     notes.append(
         f"plan: {plan.device}, {plan.precision}, {plan.threads} threads, compile {plan.compile} (times are "
         f"without it), {plan.pack_slots} slots per step"
     )
-    return stages, notes
+    return load_real(recipe.data), plan
 
 
 def _teacher_stages(recipe: Recipe, real: RealData, plan: Plan, notes: list[str]) -> list[Stage]:
@@ -89,43 +120,45 @@ def _teacher_stages(recipe: Recipe, real: RealData, plan: Plan, notes: list[str]
 
 
 def _distill_stages(recipe: Recipe, real: RealData, plan: Plan) -> list[Stage]:
-    pixels = 3 * real.image_size**2
-    if recipe.method != "infer":
-        count = recipe.ipc * real.classes
-        stages = []
-        if recipe.method in ("sre2l", "cda", "gvbsm"):
-            stages = _pixel_stages(recipe, real, plan)
-        elif recipe.method != "random":
-            stages = [_score_stage(recipe, real, plan)]
-        stages.append(Stage("images", f"{count:,} images", 0.0, 0, count * pixels))
-        if "static" in recipe.labels:
-            stages.append(Stage("static labels", f"{count:,} views", 0.0, 0, count * real.classes * 2))
-        return stages
+    content, pixels = _content(recipe, real), 3 * real.image_size**2
+    stages: list[Stage] = []
+    if recipe.method == "infer":
+        stages = _compensator_stages(recipe, real, plan)
+    elif recipe.method in ("sre2l", "cda", "gvbsm"):
+        stages = _pixel_stages(recipe, real, plan)
+    elif recipe.method != "random":
+        stages = [_score_stage(recipe, real, plan)]
+    stages.append(Stage("images", f"{content.images:,} images", 0.0, 0, content.images * pixels))
+    if "static" in recipe.labels:
+        kept = content.views * real.classes * LABEL_BYTES
+        stages.append(Stage("static labels", f"{content.views:,} views", 0.0, 0, kept))
+    if "replayed" in recipe.labels:
+        batch = min(recipe.student.train.batch_size, content.views)
+        steps = recipe.pool.epochs * (content.views // batch)
+        kept = count_logit_bytes(steps * batch, real.classes, recipe.pool.encoding)
+        seconds = steps * _time_labels(recipe, batch, real, plan)
+        stages.append(Stage("replayed labels", f"{steps:,} batches of {batch}", seconds, 0, kept))
+    return stages
+
+
+def _content(recipe: Recipe, real: RealData) -> Content:
+    return METHODS[recipe.method].content(real, len(recipe.teachers.networks), recipe.ipc, recipe.method_config)
+
+
+def _compensator_stages(recipe: Recipe, real: RealData, plan: Plan) -> list[Stage]:
     config, stages = recipe.infer, []
-    networks = makers_of(recipe.teachers.networks, config)
-    slots = slot_count(recipe.ipc, real.classes, len(networks))
-    makers = networks if config.compensators else ()
+    makers = makers_of(recipe.teachers.networks, config)
+    slots = slot_count(recipe.ipc, real.classes, len(makers))
     pack = min(plan.pack_slots, slots)
-    for name in makers:
+    for name in makers if config.compensators else ():
         model = build_network(name, real.classes, real.image_size).eval()
         recorder = Recorder(plan.place(model), pack, config.first_layer_weight)
         objective = build_objective(recorder, pack, config.statistics_weight)
         labels = torch.arange(real.classes, device=plan.device).repeat(pack)
         seconds, memory = _time_steps(_summed(objective, labels), len(labels), real, plan)
         work = f"{slots} slots x {config.steps:,} steps of {real.classes}"
-        kept = slots * pixels * config.compensator_bits // 8
+        kept = slots * 3 * real.image_size**2 * config.compensator_bits // 8
         stages.append(Stage(f"compensators {name}", work, seconds * config.steps * slots / pack, memory, kept))
-    views = slots * real.classes * (len(makers) + config.naturals_as_views)
-    kept = slots * real.classes * pixels
-    stages.append(Stage("naturals", f"{slots * real.classes:,} images", 0.0, kept, kept))
-    if "static" in recipe.labels:
-        stages.append(Stage("static labels", f"{views:,} views", 0.0, 0, views * real.classes * 2))
-    if "replayed" in recipe.labels:
-        batch = min(recipe.student.train.batch_size, views)
-        steps = recipe.pool.epochs * (views // batch)
-        kept = count_logit_bytes(steps * batch, real.classes, recipe.pool.encoding)
-        seconds = steps * _time_labels(recipe, batch, real, plan)
-        stages.append(Stage("replayed labels", f"{steps:,} batches of {batch}", seconds, 0, kept))
     return stages
 
 
@@ -196,30 +229,29 @@ def _summed(objective: Objective, labels: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda views: torch.stack(objective(views, labels)).sum()
 
 
-def _student_stages(recipe: Recipe, real: RealData, plan: Plan) -> list[Stage]:
-    random = views = alone = recipe.ipc * real.classes
-    if recipe.method == "infer":
-        makers = len(makers_of(recipe.teachers.networks, recipe.infer))
-        alone = slot_count(recipe.ipc, real.classes, makers) * real.classes
-        views = alone * (makers * recipe.infer.compensators + recipe.infer.naturals_as_views)
-    has_compensators = recipe.method == "infer" and recipe.infer.compensators
-    batch = min(recipe.student.train.batch_size, views)
-    model = build_network(recipe.student.network, real.classes, real.image_size)
-    seconds, memory = _time_training(model, batch, real, plan)
+def _student_stages(
+    recipe: Recipe, real: RealData, plan: Plan, known: set[Training], entry: Entry | None = None
+) -> list[Stage]:
+    """The stages of students that are not among `known`, which they join; `entry`: of a grid, whose sets these are."""
+    content, network = _content(recipe, real), recipe.student.network
+    random = (recipe.ipc if entry is None else entry.budget_ipc) * real.classes
+    method = recipe.method if entry is None else entry.name
+    batch = min(recipe.student.train.batch_size, content.views)
+    seconds, memory = _time_training(build_network(network, real.classes, real.image_size), batch, real, plan)
     stages = []
-    known: set[tuple[str, str, int]] = set()  # trainings that answer for two cells are done once
     for labels in recipe.labels:
         epochs = recipe.student.train_for(labels).epochs
-        steps = round(epochs * views / batch)
-        cells: set[tuple[str, str, int]] = {(recipe.method, labels, steps)}
+        steps = round(epochs * content.views / batch)
+        cells: set[Training] = {(f"{method}, {content.views}", labels, steps, network)}
         if recipe.controls:  # those of pipeline.build_cells, at both budgets
-            controls = [("random", "hard", random), ("random", labels, random), ("naturals", labels, alone)]
+            controls = [("random", "hard", random), ("random", labels, random), ("naturals", labels, content.images)]
             for name, kind, count in controls:
-                if name == recipe.method or (name == "naturals" and not has_compensators):
+                if name == recipe.method or (name == "naturals" and not content.compensators):
                     continue
-                cells |= {(name, kind, steps), (name, kind, round(epochs * count / min(batch, count)))}
+                alone = round(epochs * count / min(batch, count))
+                cells |= {(f"{name}, {count}", kind, total, network) for total in (steps, alone)}
         labelling = _time_labels(recipe, batch, real, plan) if labels == "dynamic" else 0.0
-        each = sum(count * (seconds + labelling * (kind == labels)) for _, kind, count in cells - known)
+        each = sum(count * (seconds + labelling * (kind == labels)) for _, kind, count, _ in cells - known)
         work = f"{len(recipe.seeds)} seeds x {steps:,} steps of {batch}" + (" and controls" if len(cells) > 1 else "")
         stages.append(Stage(f"students, {labels}", work, each * len(recipe.seeds), memory, 0))
         known |= cells

@@ -1,10 +1,12 @@
-"""A table of texts as Markdown, LaTeX or CSV."""
+"""A comparison's results as a table of texts, and such tables as Markdown, LaTeX or CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 Rows = Sequence[Sequence[str]]
 
@@ -12,6 +14,9 @@ _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
 }  # fmt: skip
+
+_NUMERIC = re.compile(r"[-+]?[\d,.]+\b|-?$")  # a cell that begins with a number, or has none
+_MINUS = re.compile(r"(?<![\w-])-(?=\d)")
 
 
 def to_markdown(header: Sequence[str], rows: Rows) -> str:
@@ -22,10 +27,11 @@ def to_markdown(header: Sequence[str], rows: Rows) -> str:
 
 
 def to_latex(header: Sequence[str], rows: Rows) -> str:
-    """Return a tabular with booktabs' rules (``\\usepackage{booktabs}``), every text escaped."""
-    lines = [" & ".join("".join(_LATEX.get(c, c) for c in _plain(text)) for text in row) for row in (header, *rows)]
+    """Return a tabular with booktabs' rules (``\\usepackage{booktabs}``), every text escaped, numbers to the right."""
+    lines = [" & ".join(_escape(_plain(text)) for text in row) for row in (header, *rows)]
     head, *body = [f"{line} \\\\" for line in lines]
-    begin, end = f"\\begin{{tabular}}{{{'l' * len(header)}}}", "\\end{tabular}"
+    columns = "".join("r" if all(_NUMERIC.match(cell) for cell in cells) else "l" for cells in zip(*rows, strict=True))
+    begin, end = f"\\begin{{tabular}}{{{columns or 'l' * len(header)}}}", "\\end{tabular}"
     return "\n".join([begin, "\\toprule", head, "\\midrule", *body, "\\bottomrule", end]) + "\n"
 
 
@@ -39,5 +45,77 @@ def to_csv(header: Sequence[str], rows: Rows) -> str:
 FORMATS: dict[str, Callable[[Sequence[str], Rows], str]] = {"md": to_markdown, "tex": to_latex}
 
 
+def _escape(text: str) -> str:
+    return _MINUS.sub("$-$", "".join(_LATEX.get(c, c) for c in text))
+
+
 def _plain(text: str) -> str:
     return " ".join(text.split())
+
+
+def table_of(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of a comparison's table as texts.
+
+    Differences are those of the means, paired by seed, to random images (same labels) and to the method's own naturals.
+    """
+    scored, seeds = any("scores" in row for row in results["rows"]), len(results["seeds"])
+    header = [
+        "method", "ipc", "labels", "student", "steps", "top-1", "vs random, equal epochs", "vs random, equal steps",
+        "vs naturals, equal steps", "images", "compensators", "labels, bytes", "ratio by bytes", "ratio as the paper",
+        "distil s", "train s", "duplication", *(("LRS", "ARS", "HLR", "IOR") if scored else ()), "paper",
+    ]  # fmt: skip
+    rows = []
+    for row in results["rows"]:
+        ipc = str(row["ipc"]) if row["ipc"] == row["matched_ipc"] else f"{row['ipc']} (as bytes: {row['matched_ipc']})"
+        first = [row["method"], ipc, row["labels"], row["student"]]
+        if "error" in row:
+            rows.append([*first, "failed: " + row["error"], *[""] * (len(header) - 5)])
+            continue
+        differences = [
+            _spread(row["differences"].get(f"{control} + {row['labels']}, {budget}"), "+", seeds)
+            for control, budget in (("random", "equal epochs"), ("random", "equal steps"), ("naturals", "equal steps"))
+        ]
+        size, scores = row["bytes"]["raw"], row.get("scores", {})
+        labels = f"{size['labels']:,}"
+        if row["labels"] == "dynamic":  # made by the teachers as they are needed
+            labels = f"0 ({row['dynamic_label_bytes']:,} if stored)"
+        rows.append([
+            *first, f"{row['steps']:,}", _spread([row["mean"], row["std"]], "", seeds), *differences,
+            f"{size['images']:,}", f"{size['compensators']:,}", labels,
+            *(f"{100 * row['bytes'][ratio]:.2f} %" for ratio in ("raw_ratio", "paper_ratio")),
+            f"{row['seconds']['distil']:.0f}",
+            f"{row['seconds']['train']:.0f}", "-" if row["duplication"] is None else f"{row['duplication']:.3f}",
+            *((f"{scores[k]:.3f}" if k in scores else "-" for k in ("LRS", "ARS", "HLR", "IOR")) if scored else ()),
+            _spread(row["paper"]),
+        ])  # fmt: skip
+    return header, rows
+
+
+def records_of(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of a comparison for machines: a plain number a column, empty where there is none.
+
+    Nested keys are joined by dots; means and deviations stand apart; seeds' own accuracies are in comparison.json.
+    """
+    rows = [_flatten(row) for row in results["rows"]]
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    return header, [[str(row.get(key, "")) for key in header] for row in rows]
+
+
+def _flatten(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in row.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{name}.")
+        elif isinstance(value, list | tuple) and name not in ("top1", "top5"):
+            flat |= {f"{name}.mean": value[0], f"{name}.std": value[1]}
+        elif value is not None and name not in ("top1", "top5"):
+            flat[name] = value
+    return flat
+
+
+def _spread(numbers: Sequence[float] | None, sign: str = "", seeds: int = 2) -> str:
+    if numbers is None:
+        return "-"
+    mean = f"{round(numbers[0], 1) + 0.0:{sign}.1f}"  # no -0.0
+    return f"{mean} ± {numbers[1]:.1f}" if seeds > 1 else mean

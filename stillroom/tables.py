@@ -10,12 +10,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from stillroom.compare import table_of
 from stillroom.data import RealData
 from stillroom.distilled import count_bytes, load_distilled
 from stillroom.estimate import Stage
 from stillroom.protocols import name_protocol
 from stillroom.recipes import EXPECTED, Recipe
+from stillroom.render import table_of
 from stillroom.students import Evaluation, StudentConfig
 from stillroom.teachers import Teacher
 

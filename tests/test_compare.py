@@ -14,16 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import build_toy_teacher
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillroom import cli, compare, labels, paper, render, scores, students, teachers
-from stillroom.compare import Grid, comparison_of
+from stillroom import cli, compare, estimate, grid, labels, paper, render, scores, students, teachers
+from stillroom.compute import Plan
 from stillroom.data import load_real
 from stillroom.distilled import count_bytes, load_distilled
 from stillroom.errors import StillroomError
+from stillroom.grid import Grid, comparison_of
 from stillroom.labels import PoolConfig
-from stillroom.methods import METHODS, Method
+from stillroom.methods import METHODS, Method, select
 from stillroom.recipes import EXPECTED, Recipe, find_recipe, smoke
 from stillroom.run import Run
 
@@ -208,11 +210,12 @@ def test_the_command_writes_the_table_in_every_format(toy_recipe: Recipe, tmp_pa
 
 
 @pytest.mark.parametrize("method", ["random", "herding", "sre2l:steps=2", *(f"infer{own}" for own in INFER)])
-@pytest.mark.parametrize("kind", ["hard", "static"])
+@pytest.mark.parametrize("kind", ["hard", "static", "replayed"])
 def test_bytes_are_foretold_exactly(toy_recipe: Recipe, tmp_path: Path, method: str, kind: Any) -> None:
-    recipe = replace(toy_recipe, labels=(kind,), seeds=(0,), controls=False)
+    pool = PoolConfig(epochs=2, encoding="uint8")
+    recipe = replace(toy_recipe, labels=(kind,), seeds=(0,), controls=False, pool=pool)
     results = run_grid(recipe, tmp_path / "run", methods=(method,))
-    foretold = compare.raw_bytes(compare.read_method(method, recipe), load_real(recipe.data), kind)
+    foretold = grid.raw_bytes(grid.read_method(method, recipe), load_real(recipe.data), kind)
     scales = 36 if method.endswith("=8") else 0  # three slots of three float32 scales
     assert sum(results["rows"][0]["bytes"]["raw"].values()) == foretold + scales
 
@@ -221,20 +224,63 @@ def test_at_equal_bytes_a_method_gets_the_largest_budget_that_fits(toy_recipe: R
     real = load_real(toy_recipe.data)
     recipe = replace(toy_recipe, ipc=8)
     for kind in ("hard", "static"):
-        matched = compare.match_bytes(recipe, real, kind)  # type: ignore[arg-type]
-        budget = compare.raw_bytes(replace(recipe, method="random"), real, kind)  # type: ignore[arg-type]
+        matched = grid.match_bytes(recipe, real, kind)  # type: ignore[arg-type]
+        budget = grid.raw_bytes(replace(recipe, method="random"), real, kind)  # type: ignore[arg-type]
         fits = [
             ipc
             for ipc in range(2, 9)
-            if compare.raw_bytes(replace(recipe, ipc=ipc), real, kind) <= budget  # type: ignore[arg-type]
+            if grid.raw_bytes(replace(recipe, ipc=ipc), real, kind) <= budget  # type: ignore[arg-type]
         ]
         assert matched == max(fits) < 8
-    assert compare.match_bytes(replace(recipe, method="random"), real, "static") == 8
+    assert grid.match_bytes(replace(recipe, method="random"), real, "static") == 8
+
+
+def test_a_method_whose_images_are_cheaper_gets_more_of_them(toy_recipe: Recipe) -> None:
+    """Without compensators INFER's budget of 8 pays for 6 naturals per class: 10 have the bytes of 8 random images."""
+    real, recipe = load_real(toy_recipe.data), replace(toy_recipe, ipc=8)
+    bare = replace(recipe, infer=replace(recipe.infer, compensators=False))
+    for kind in ("hard", "static", "replayed"):
+        matched = grid.match_bytes(bare, real, kind)  # type: ignore[arg-type]
+        sizes = [grid.raw_bytes(replace(bare, ipc=ipc), real, kind) for ipc in (matched, matched + 1)]  # type: ignore[arg-type]
+        assert matched > 8
+        assert sizes[0] <= grid.raw_bytes(replace(recipe, method="random"), real, kind) < sizes[1]  # type: ignore[arg-type]
+
+
+def test_random_images_with_hard_labels_train_no_teachers_and_the_grid_still_grows(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(toy_recipe, labels=("hard",), seeds=(0,))
+    with monkeypatch.context() as patch:
+        patch.setattr(teachers, "fit", lambda *_, **__: pytest.fail("a teacher was trained"))
+        alone = run_grid(recipe, tmp_path / "run", methods=("random",))
+    assert (alone["teachers"], alone["rows"][0]["duplication"]) == ({}, None)
+    grown = run_grid(replace(recipe, labels=("hard", "static")), tmp_path / "run", methods=("random", "herding"))
+    assert [(r["method"], r["labels"]) for r in grown["rows"]] == [
+        (method, kind) for method in ("random", "herding") for kind in ("hard", "static")
+    ]
+    assert grown["rows"][0]["top1"] == alone["rows"][0]["top1"]
+
+
+def test_a_dry_run_counts_every_training_once_and_writes_nothing(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison = comparison_of(toy_recipe, Grid(methods=("random", "infer", "herding"), ipc=(4, 5)))
+    with monkeypatch.context() as patch:
+        patch.setattr(estimate, "_time_training", lambda *_: (1.0, 0))  # seconds are steps
+        patch.setattr(estimate, "_time_labels", lambda *_: 0.0)
+        stages, _ = estimate.estimate_comparison(comparison)
+    estimated = sum(stage.seconds for stage in stages if "students" in stage.name)
+    with Run(tmp_path / "run") as run:
+        trainings = compare.compare(comparison, run)["trainings"]
+    assert estimated == len(toy_recipe.seeds) * sum(training["steps"] for training in trainings.values())
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["compare", "toy", "--grid.methods", "random", "infer", "--dry-run"]) == cli.OK
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_budget_too_small_for_a_methods_bytes_is_refused(toy_recipe: Recipe) -> None:
     with pytest.raises(StillroomError, match=r"infer with static labels has no set of at most [\d,]+ bytes"):
-        compare.match_bytes(replace(toy_recipe, ipc=1), load_real(toy_recipe.data), "static")
+        grid.match_bytes(replace(toy_recipe, ipc=1), load_real(toy_recipe.data), "static")
 
 
 @pytest.mark.parametrize(
@@ -253,7 +299,7 @@ def test_a_grid_that_means_nothing_is_refused(change: dict[str, Any], message: s
 
 
 def test_settings_of_a_method_are_read_in_its_name(toy_recipe: Recipe) -> None:
-    recipe = compare.read_method("infer:betas=[0.1,0.2],steps=7,per_image=true", toy_recipe)
+    recipe = grid.read_method("infer:betas=[0.1,0.2],steps=7,per_image=true", toy_recipe)
     assert recipe.infer == replace(toy_recipe.infer, betas=(0.1, 0.2), steps=7, per_image=True)
     for text, message in (
         ("infer:steps", "where a setting=value should be"),
@@ -262,7 +308,7 @@ def test_settings_of_a_method_are_read_in_its_name(toy_recipe: Recipe) -> None:
         ("infer:", "ends where a setting=value should be"),
     ):
         with pytest.raises(StillroomError, match=message):
-            compare.read_method(text, toy_recipe)
+            grid.read_method(text, toy_recipe)
 
 
 def test_mean_similarity_is_the_mean_over_all_pairs() -> None:
@@ -273,7 +319,12 @@ def test_mean_similarity_is_the_mean_over_all_pairs() -> None:
     assert compare.mean_similarity(features[:1]) == 1.0
 
 
-def test_equal_views_are_duplicates_and_real_images_are_less(toy_recipe: Recipe, tmp_path: Path) -> None:
+def test_equal_views_are_duplicates_and_real_images_are_less(toy_recipe: Recipe, tmp_path: Path, plan: Plan) -> None:
+    real, teacher = load_real(toy_recipe.data), build_toy_teacher()
+    distilled = select.distill_random(real, [], 3, select.RandomConfig(), 0, plan, Run())
+    first_of_class = replace(distilled, images=distilled.images[distilled.labels])  # slot 0 stands first
+    assert compare.feature_duplication(first_of_class, teacher, plan) == pytest.approx(1, abs=1e-4)
+    assert compare.feature_duplication(distilled, teacher, plan) < 0.99
     rows = run_grid(replace(toy_recipe, labels=("hard",), seeds=(0,)), tmp_path / "run")["rows"]
     assert all(0 < row["duplication"] < 1 for row in rows)
 
@@ -358,10 +409,16 @@ def test_the_same_method_twice_under_two_names_is_refused(toy_recipe: Recipe, tm
         run_grid(toy_recipe, tmp_path / "run", methods=("infer", "infer:steps=4"))
 
 
+def test_numbers_stand_to_the_right_in_latex_and_their_minus_is_one() -> None:
+    text = render.to_latex(["method", "gain", "bytes"], [["k-center", "-1.5 ± 0.2", "30,720"], ["rded", "-", "0 (9)"]])
+    assert r"\begin{tabular}{lrr}" in text
+    assert r"k-center & $-$1.5 $\pm$ 0.2 & 30,720 \\" in text
+
+
 def test_differences_of_nothing_are_not_negative() -> None:
-    assert compare._spread([-0.04, 1.0], "+") == "+0.0 ± 1.0"
-    assert compare._spread([-0.04, 0.0], seeds=1) == "0.0"
-    assert compare._spread(None) == "-"
+    assert render._spread([-0.04, 1.0], "+") == "+0.0 ± 1.0"
+    assert render._spread([-0.04, 0.0], seeds=1) == "0.0"
+    assert render._spread(None) == "-"
 
 
 def test_scores_without_the_random_control_are_refused(toy_recipe: Recipe) -> None:

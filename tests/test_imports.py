@@ -25,6 +25,7 @@ LAYERS = (
     ("methods", "protocols"),
     ("recipes",),
     ("pipeline",),
+    ("grid",),
     ("compare", "estimate", "api"),
     ("tables",),
     ("cli",),

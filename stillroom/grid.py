@@ -1,0 +1,213 @@
+"""Grids: methods x budgets x labels x students, the distilled sets that they come to, and the cells that cannot be.
+
+    comparison = comparison_of(find_recipe("small"), Grid(methods=("random", "infer:steps=50"), ipc=(5, 10)))
+    entries, refused = plan_entries(comparison, real)
+
+Nothing here trains or writes: what a grid asks for is known, and refused, before any work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from stillroom.data import RealData
+from stillroom.errors import StillroomError, check_choices, suggest
+from stillroom.labels import LABEL_BYTES
+from stillroom.logits import count_logit_bytes
+from stillroom.manifest import LabelKind
+from stillroom.methods import METHODS
+from stillroom.networks import build_network
+from stillroom.pipeline import check_recipe
+from stillroom.recipes import Recipe
+from stillroom.settings import read_plain
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is compared with what. LabelKind, seeds and everything else are the recipe's."""
+
+    methods: tuple[str, ...] = ("random", "infer")  # METHOD, or METHOD:setting=value,... for one with other settings
+    ipc: tuple[int, ...] = ()  # budgets in images per class; none: the recipe's
+    students: tuple[str, ...] = ()  # networks; none: the recipe's
+    budget: Literal["ipc", "bytes"] = "ipc"  # bytes: every method gets the bytes of so many real images and labels
+    scores: bool = False  # label- and augmentation-robust scores: adds hard labels, and trainings without augmentation
+
+    def __post_init__(self) -> None:
+        check_choices(self, "grid")
+        for name in ("methods", "ipc", "students"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise StillroomError(f"grid.{name} {' '.join(map(str, values))} has repeats; give each once")
+        if not self.methods:
+            raise StillroomError("grid.methods is empty; give at least one, such as random infer")
+        if self.scores and self.budget == "bytes":
+            raise StillroomError(
+                "grid.scores compares hard with soft labels of one set; give --grid.budget ipc with it"
+            )
+        if any(ipc < 1 for ipc in self.ipc):
+            raise StillroomError(f"grid.ipc is {self.ipc}; give budgets of 1 or more images per class")
+
+
+@dataclass(frozen=True)
+class Comparison(Recipe):
+    """A recipe, of which the grid varies method, budget and student."""
+
+    grid: Grid = field(default_factory=Grid)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.grid.scores and not self.controls:
+            raise StillroomError("grid.scores are made of the random control; leave --no-controls out")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One distilled set of the grid."""
+
+    name: str  # of the method in the table
+    budget_ipc: int  # the row's budget; the recipe's ipc differs from it where budgets are matched by bytes
+    recipe: Recipe  # of this set and its labels
+
+
+def comparison_of(recipe: Recipe, grid: Grid) -> Comparison:
+    """Return `recipe` with a grid."""
+    return Comparison(**{f.name: getattr(recipe, f.name) for f in fields(Recipe)}, grid=grid)
+
+
+def read_method(text: str, recipe: Recipe) -> Recipe:
+    """Return `recipe` by another method: "METHOD", or "METHOD:setting=value,setting=[a,b]".
+
+    Raises StillroomError for an unknown method or setting and for a value of another type.
+    """
+    method, _, rest = text.partition(":")
+    if method not in METHODS:
+        raise StillroomError(f"grid.methods: there is no method {method!r}.{suggest(method, METHODS)}")
+    chosen = replace(recipe, method=method)  # type: ignore[arg-type]
+    if text.endswith(":"):
+        raise StillroomError(f"grid.methods: {text!r} ends where a setting=value should be; give {method!r}")
+    given: dict[str, Any] = {}
+    for part in filter(None, re.split(r",(?![^\[]*\])", rest)):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise StillroomError(f"grid.methods: {text!r} has {part!r} where a setting=value should be")
+        listed = value.startswith("[") and value.endswith("]")
+        given[name.strip()] = [v.strip() for v in value[1:-1].split(",")] if listed else value.strip()
+    if not given:
+        return chosen
+    if not hasattr(recipe, method):
+        raise StillroomError(f"grid.methods: {method!r} has no settings, but {text!r} gives some")
+    config = read_plain(given, chosen.method_config, f"grid.methods {text!r}")
+    return replace(chosen, **{method: config})
+
+
+def check_grid(comparison: Comparison, real: RealData) -> list[Entry]:
+    """Return the distilled sets of the grid; raises StillroomError with the list of all cells that cannot be."""
+    entries, refused = plan_entries(comparison, real)
+    if refused:
+        raise StillroomError("these cells cannot be:\n  " + "\n  ".join(refused) + "\nleave them out of the grid")
+    return entries
+
+
+def plan_entries(comparison: Comparison, real: RealData) -> tuple[list[Entry], list[str]]:
+    """Return the distilled sets of the grid, and a sentence for each that cannot be."""
+    base = Recipe(**{f.name: getattr(comparison, f.name) for f in fields(Recipe)})
+    grid = comparison.grid
+    entries: list[Entry] = []
+    refused: list[str] = []
+    if grid.scores and "hard" not in base.labels:
+        base = replace(base, labels=("hard", *base.labels))
+    for ipc in grid.ipc or (base.ipc,):
+        for text in grid.methods:
+            try:
+                entries += plan_method(text, replace(base, ipc=ipc), grid, real, entries)
+            except StillroomError as error:
+                said = str(error).replace("--ipc", "--grid.ipc") if grid.ipc else str(error)
+                refused.append(f"{text}, ipc {ipc}: {said}")
+    for network in grid.students:
+        try:
+            build_network(network, real.classes, real.image_size)
+        except StillroomError as error:
+            refused.append(f"student {network}: {error}")
+    return entries, refused
+
+
+def plan_method(text: str, base: Recipe, grid: Grid, real: RealData, known: Sequence[Entry]) -> list[Entry]:
+    """Return the sets of one method at the budget of `base`: one, or one for each count that labels' bytes leave.
+
+    Raises StillroomError for what cannot be made of this data, and for what is among `known` by another name.
+    """
+    recipe = read_method(text, base)
+    matched: dict[int, list[LabelKind]] = {}
+    for labels in base.labels:
+        count = base.ipc if grid.budget == "ipc" else match_bytes(recipe, real, labels)
+        matched.setdefault(count, []).append(labels)
+    entries = []
+    for count, kinds in matched.items():
+        own = replace(recipe, ipc=count, labels=tuple(kinds))
+        check_recipe(own, real)
+        same = next((e for e in known if e.name != text and e.recipe == own and e.budget_ipc == base.ipc), None)
+        if same is not None:
+            raise StillroomError(f"it is the same as {same.name!r}; leave one of them out")
+        entries.append(Entry(text, base.ipc, own))
+    return entries
+
+
+def match_bytes(recipe: Recipe, real: RealData, labels: LabelKind) -> int:
+    """Return the largest ipc of the recipe's method whose raw bytes stay within those of `recipe.ipc` random images.
+
+    Counted are pixels, compensators and stored labels; dynamic labels are made as they are needed, and count nothing.
+    Raises StillroomError where not even the smallest set of the method stays within them.
+    """
+    budget = raw_bytes(replace(recipe, method="random"), real, labels)
+    fitting = None
+    for ipc in itertools.count(1):  # a set grows with its ipc, so this ends
+        try:
+            size = raw_bytes(replace(recipe, ipc=ipc), real, labels)
+        except StillroomError:  # too small for the method
+            if ipc > recipe.ipc:
+                break
+            continue
+        if size > budget:
+            break
+        fitting = ipc
+    if fitting is None:
+        raise StillroomError(
+            f"{recipe.method} with {labels} labels has no set of at most {budget:,} bytes, those of {recipe.ipc} "
+            "random images per class; raise --ipc"
+        )
+    return fitting
+
+
+def raw_bytes(recipe: Recipe, real: RealData, labels: LabelKind) -> int:
+    """Return the raw bytes of a set of the recipe: pixels, compensators, and the labels that are stored with it.
+
+    Of static labels a float16 row per view; of replayed ones a row per image of every batch of the pool's epochs.
+    """
+    content = METHODS[recipe.method].content(real, len(recipe.teachers.networks), recipe.ipc, recipe.method_config)
+    pixels = 3 * real.image_size**2
+    stored = 0
+    if labels == "static":
+        stored = content.views * real.classes * LABEL_BYTES
+    elif labels == "replayed":
+        batch = min(recipe.student.train.batch_size, content.views)
+        rows = recipe.pool.epochs * (content.views // batch) * batch
+        stored = count_logit_bytes(rows, real.classes, recipe.pool.encoding)
+    return content.images * pixels + content.compensators * pixels * content.compensator_bits // 8 + stored
+
+
+def slug(name: str) -> str:
+    """Return a method's name in the table as part of a file name, another for every other name."""
+    if re.fullmatch(r"[a-z0-9_]+", name):
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:6]
+    return f"{re.sub(r'[^a-zA-Z0-9_.]+', '-', name)[:60]}-{digest}"
+
+
+def set_name(entry: Entry) -> str:
+    """Return the name of the folder of an entry's set."""
+    return f"{slug(entry.name)}-ipc{entry.recipe.ipc}"
