@@ -7,7 +7,6 @@ it for matrices alone; a convolution's filters are one, seen as [filters, values
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,14 +36,14 @@ class Muon(torch.optim.AdamW):
         self.momentum, self.dtype = momentum, dtype
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; the gradients of filters are used up."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take one step; the gradients of filters are used up. A closure would compute them anew: there is none."""
         for group in self.param_groups:
             for parameter in filter(is_filter_bank, group["params"]):
                 if parameter.grad is not None:
                     self._step_filters(parameter, parameter.grad, group["lr"], group["weight_decay"])
                     parameter.grad = None  # so that AdamW leaves these out
-        return super().step(closure)
+        super().step()
 
     def _step_filters(self, parameter: nn.Parameter, gradient: Tensor, rate: float, decay: float) -> None:
         state = self.state[parameter]

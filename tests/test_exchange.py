@@ -34,8 +34,8 @@ from stillroom.exchange import ImportConfig, estimate_compensator, import_set, m
 from stillroom.export import DDRANKING_CONSTANTS, export_set
 from stillroom.manifest import TeacherFacts
 from stillroom.methods import infer
-from stillroom.methods.infer import InferConfig
-from stillroom.methods.select import RandomConfig, distill_random, load_naturals
+from stillroom.methods.infer import InferConfig, load_naturals
+from stillroom.methods.select import RandomConfig, distill_random
 from stillroom.run import Run
 from stillroom.students import StudentConfig, evaluate
 from stillroom.train import TrainConfig

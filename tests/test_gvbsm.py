@@ -100,12 +100,6 @@ def test_a_matcher_lays_out_the_statistics_of_all_layers_in_the_order_they_run()
     assert known[0].isnan().all()
 
 
-# A convolution of two values, a BatchNorm of three.
-TWO_LAYERS = Layout(
-    (2, 3), torch.tensor([0, 1]), torch.tensor([0, 0, 1, 1, 1]), torch.tensor([True, False]), torch.zeros(5)
-)
-
-
 def test_matching_has_the_value_of_the_average_and_the_gradient_of_this_step() -> None:
     layout = Layout(
         (2, 3),

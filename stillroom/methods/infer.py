@@ -11,8 +11,10 @@ Y^k              (Eq. 6)      static labels; see labels.py
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -34,10 +36,12 @@ from stillroom.methods.recover import (
     descend,
     make_once,
 )
-from stillroom.methods.select import Content, describe_set, load_naturals, place_naturals
+from stillroom.methods.select import Content, describe_set, draw_naturals, take_naturals
 from stillroom.run import Run
 from stillroom.teachers import Teacher
 from stillroom.train import apply_normalization
+
+LARGEST_ROUNDING = 0.25  # of a pixel's 255 levels, that prepared naturals may lie off
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,52 @@ def content(real: RealData, teachers: int, ipc: int, config: InferConfig) -> Con
     if not config.compensators:
         return Content(images, 0, 0, images)
     return Content(images, slots * makers, config.compensator_bits, images * (makers + config.naturals_as_views))
+
+
+def load_naturals(folder: Path | str, real: RealData, slots: int) -> tuple[Tensor, Tensor]:
+    """Return what take_naturals does, of images prepared for INFER's published scripts: `folder`/tensor_{k}.pt.
+
+    Each file is one slot: a float tensor [classes, 3, side, side], one image per class in label order, normalised by
+    the dataset's mean and deviation. Read with ``weights_only``. Raises StillroomError where a file is missing, of
+    another shape or not finite, and where its pixels are not the 8-bit ones that other constants would not give back.
+    """
+    shape = [real.classes, 3, real.image_size, real.image_size]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (real.mean, real.std))
+    images = []
+    for slot in range(slots):
+        path = Path(folder) / f"tensor_{slot}.pt"
+        if not path.is_file():
+            raise StillroomError(
+                f"naturals: {path} is not there; {slots} slots need tensor_0.pt ... tensor_{slots - 1}.pt"
+            )
+        if path.stat().st_size > 16 * math.prod(shape) + 2**20:
+            raise StillroomError(f"naturals: {path} has {path.stat().st_size:,} bytes, too many for a tensor {shape}")
+        try:
+            values = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged files, and pickles of more than tensors, raise many classes
+            raise StillroomError(f"naturals: {path} is no torch file of a tensor alone: {str(error)[:200]}") from error
+        if not isinstance(values, Tensor) or not values.is_floating_point() or list(values.shape) != shape:
+            held = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise StillroomError(f"naturals: {path} holds {held}; needed are floats {shape}, an image of each class")
+        levels = (values.detach().double() * std + mean) * 255
+        if not bool(levels.isfinite().all()):
+            raise StillroomError(f"naturals: {path} has values that are not finite; prepare it again")
+        pixels = levels.round().clamp(0, 255)
+        if float((levels - pixels).abs().max()) > LARGEST_ROUNDING:
+            raise StillroomError(
+                f"naturals: {path} gives pixels from {levels.min():.1f} to {levels.max():.1f}, up to "
+                f"{(levels - pixels).abs().max():.2f} from whole ones in 0 ... 255; it was normalised by other "
+                f"constants than mean {real.mean} and deviation {real.std}"
+            )
+        images.append(pixels.to(torch.uint8))
+    return torch.cat(images), torch.arange(real.classes).repeat(slots)
+
+
+def place_naturals(real: RealData, slots: int, seed: int, folder: str | None) -> tuple[Tensor, Tensor]:
+    """Return images uint8 [slots * classes, 3, height, width] and labels: those in `folder`, or else a random draw."""
+    if folder is not None:
+        return load_naturals(folder, real, slots)
+    return take_naturals(real, draw_naturals(real, slots, seed))
 
 
 def distill(
