@@ -22,31 +22,30 @@ from typing import Any
 
 import torch
 from measure import (
-    CLASSES,
-    add_options,
+    add_optimisation,
+    build_parser,
+    build_plan,
     cosine,
-    load_images,
+    describe_times,
     matmul_peak,
     peak_memory,
-    summarize,
+    run_steps,
     time_interleaved,
     time_steps,
     use_torch_defaults,
 )
-from measure import write_results as write
 from published import PublishedLoop
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from stillroom import augment
-from stillroom.compute import ComputeConfig, Plan, build_generator, resolve_plan
+from stillroom.compute import Plan, build_generator
 from stillroom.data import RealData
 from stillroom.methods.infer import InferConfig, begin_descent, losses_for
 from stillroom.networks import build_network
 from stillroom.train import apply_normalization
 
 NETWORKS = ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2")
-VARIANTS = ("bfloat16-compiled", "float32-compiled", "bfloat16-eager", "float32-eager")
 LEAST_COSINE, MOST_APART = 0.99, 0.01
 
 
@@ -93,20 +92,6 @@ class OurLoop:
         return losses[1]
 
 
-def build_plan(arguments: argparse.Namespace, variant: str) -> Plan:
-    precision, mode = variant.split("-")
-    return resolve_plan(
-        ComputeConfig(
-            device=arguments.device,
-            precision=precision,  # type: ignore[arg-type]
-            compile="on" if mode == "compiled" else "off",
-            threads=arguments.threads,
-            pack_slots=arguments.pack_slots,
-        ),
-        notify=print,
-    )
-
-
 def first_gradient(losses: tuple[Tensor, ...], compensators: Tensor) -> Tensor:
     (found,) = torch.autograd.grad((losses[0] + losses[1]).sum(), compensators)
     return found[0]
@@ -137,7 +122,7 @@ def measure_network(name: str, real: RealData, arguments: argparse.Namespace) ->
     # All are built before any is compiled: building one forgets what was compiled.
     ours = {variant: OurLoop(teacher, naturals, real, its_plan) for variant, its_plan in plans.items()}
     rows: dict[str, dict[str, Any]] = {
-        "published": {"memory_mib": peak_memory(lambda: published.step(lambda: draw_shift(one())), plan.device)}
+        "published": {"memory": peak_memory(lambda: published.step(lambda: draw_shift(one())), plan.device)}
     }
     for variant, loop in ours.items():
         loop.plan.activate()
@@ -146,7 +131,7 @@ def measure_network(name: str, real: RealData, arguments: argparse.Namespace) ->
         found = first_gradient(loop.descent.terms(0, loop.descent.tensor, generators), loop.descent.tensor)
         seconds = time.perf_counter() - begun if loop.plan.compile == "on" else None
         rows[variant] = {"gradient_cosine": cosine(found, reference), "compile_seconds": seconds}
-        rows[variant]["memory_mib"] = peak_memory(lambda loop=loop, drawn=generators: loop.step(drawn), plan.device)  # type: ignore[misc]
+        rows[variant]["memory"] = peak_memory(lambda loop=loop, drawn=generators: loop.step(drawn), plan.device)  # type: ignore[misc]
 
     published = PublishedLoop(teacher, images, labels, optimise_steps)
     draw = draws("time")
@@ -164,22 +149,16 @@ def measure_network(name: str, real: RealData, arguments: argparse.Namespace) ->
     for label, row in rows.items():
         slots = 1 if label == "published" else ours[label].slots
         dtype = torch.float32 if label == "published" else plans[label].dtype
-        per_slot = {key: value / slots for key, value in summarize(times[label]).items()}
-        milliseconds = per_slot["milliseconds"]
         seconds = row.get("compile_seconds")
         eager = per_slot_median(times, ours, label.replace("-compiled", "-eager"), baseline)
         switches[label]()
         peak = matmul_peak(plan.device, dtype)
+        described = describe_times(times[label], baseline, len(images), gflop, peak, row["memory"], slots)
+        milliseconds = described["milliseconds"]
         rows[label] = {
             "network": name,
             "loop": label,
-            **per_slot,
-            "ratio": baseline / milliseconds,
-            "images_per_second": 1000 * len(images) / milliseconds,
-            "gflop": gflop,
-            "matmul_peak_gflops": peak,
-            "share_of_peak": gflop / milliseconds * 1000 / peak,
-            "memory_mib": None if row["memory_mib"] is None else row["memory_mib"] / 2**20,
+            **described,
             "slots": slots,
             "compile_seconds": seconds,
             # against the same precision run eagerly; None: it never pays
@@ -232,22 +211,9 @@ def agrees(row: dict[str, Any], loss: float | None, published: float | None) -> 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=NETWORKS)
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
-    parser.add_argument("--classes", type=int, default=CLASSES, help="images in a batch, where --data is not given")
-    parser.add_argument("--optimise-steps", type=int, default=100, help="of the whole optimisation; 0: none")
-    parser.add_argument("--pack-slots", type=int, help="slots in a step; default: as runs on this device choose")
-    add_options(parser)
-    arguments = parser.parse_args()
-    torch.compiler.config.force_disable_caches = arguments.cold_compile
-    real = load_images(arguments.data, arguments.classes)
-    rows: list[dict[str, Any]] = []
-    for name in arguments.networks:
-        torch.compiler.reset()
-        rows += measure_network(name, real, arguments)
-    write(arguments.out, build_plan(arguments, arguments.variants[0]), vars(arguments), rows)
-    return 0 if all(row["agrees"] for row in rows) else 1
+    parser = build_parser(__doc__, NETWORKS)
+    add_optimisation(parser)
+    return run_steps(parser.parse_args(), measure_network)
 
 
 if __name__ == "__main__":

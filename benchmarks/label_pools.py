@@ -15,9 +15,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from measure import write_results
+from measure import run_students
 
-from stillroom.compute import ComputeConfig, Plan, resolve_plan
+from stillroom.compute import Plan
 from stillroom.data import DataConfig, load_real
 from stillroom.distilled import count_bytes, load_distilled
 from stillroom.errors import StillroomError
@@ -92,15 +92,7 @@ def main() -> None:
     encodings = get_args(LabelEncoding)
     parser.add_argument("--encodings", nargs="+", default=["float16", "uint8", "top8"], choices=encodings)
     parser.add_argument("--pool-seed", type=int, default=0)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path, help="JSON file; each finished student is kept in a folder beside it")
-    arguments = parser.parse_args()
-    plan = resolve_plan(ComputeConfig(threads=arguments.threads), print)
-    plan.activate()
-    with Run(arguments.out.with_suffix("") if arguments.out else None) as run:
-        rows = measure(arguments, plan, run)
-    write_results(arguments.out, plan, vars(arguments), rows)
+    run_students(parser, measure)
 
 
 if __name__ == "__main__":

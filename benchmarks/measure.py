@@ -9,7 +9,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillroom.compute import Plan
+from stillroom.compute import ComputeConfig, Plan, resolve_plan
 from stillroom.data import DataConfig, MemoryImages, RealData, load_real
 from stillroom.pipeline import provenance, source_commit
+from stillroom.run import Run
 
 BEGUN_AT = source_commit()  # the source may change while a benchmark runs
 
+VARIANTS = ("bfloat16-compiled", "float32-compiled", "bfloat16-eager", "float32-eager")
 CLASSES, SIZE = 100, 32
 CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 
@@ -126,8 +128,25 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(torch.nn.functional.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0))
 
 
-def summarize(times: list[float]) -> dict[str, float]:
-    return {"milliseconds": statistics.median(times), "fastest": min(times), "slowest": max(times)}
+def describe_times(
+    times: list[float], baseline: float, images: int, gflop: float, peak: float, memory: int | None, slots: int = 1
+) -> dict[str, Any]:
+    """Return what every row says of a loop's `times` in milliseconds: of one slot, where a step takes several.
+
+    baseline: the other way's median; gflop: of one slot's step; peak: what matmul reaches here, in GFLOP/s.
+    """
+    milliseconds = statistics.median(times) / slots
+    return {
+        "milliseconds": milliseconds,
+        "fastest": min(times) / slots,
+        "slowest": max(times) / slots,
+        "ratio": baseline / milliseconds,
+        "images_per_second": 1000 * images / milliseconds,
+        "gflop": gflop,
+        "matmul_peak_gflops": peak,
+        "share_of_peak": gflop / milliseconds * 1000 / peak,
+        "memory_mib": None if memory is None else memory / 2**20,
+    }
 
 
 def write_results(path: Path | None, plan: Plan, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -145,12 +164,65 @@ def write_results(path: Path | None, plan: Plan, settings: dict[str, Any], rows:
         path.write_text(json.dumps(record, indent=1, default=str) + "\n")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what every benchmark of a step is asked for."""
+def build_parser(description: str | None, networks: Sequence[str]) -> argparse.ArgumentParser:
+    """Return a parser of what every benchmark of a step is asked for."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=networks)
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     parser.add_argument("--steps", type=int, default=5, help="of a timed block")
     parser.add_argument("--repeats", type=int, default=5, help="blocks of each loop")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--data", help="real images: a dataset's name or folder; default: generated smooth noise")
+    parser.add_argument("--classes", type=int, default=CLASSES, help="of the images, where --data is not given")
     parser.add_argument("--cold-compile", action="store_true", help="compile without caches, as a first run does")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
+    return parser
+
+
+def add_optimisation(parser: argparse.ArgumentParser) -> None:
+    """Add what the benchmarks of a whole optimisation are asked for besides."""
+    parser.add_argument("--optimise-steps", type=int, default=100, help="of the whole optimisation; 0: none")
+    parser.add_argument("--pack-slots", type=int, help="slots in a step; default: as runs on this device choose")
+
+
+def build_plan(arguments: argparse.Namespace, variant: str) -> Plan:
+    """Return the numerical plan of a variant, such as "bfloat16-compiled", on the device that is asked for."""
+    precision, mode = variant.split("-")
+    config = ComputeConfig(
+        device=arguments.device,
+        precision=precision,  # type: ignore[arg-type]
+        compile="on" if mode == "compiled" else "off",
+        threads=arguments.threads,
+        pack_slots=getattr(arguments, "pack_slots", None),
+    )
+    return resolve_plan(config, notify=print)
+
+
+def run_steps(
+    arguments: argparse.Namespace, measure: Callable[[str, RealData, argparse.Namespace], list[dict[str, Any]]]
+) -> int:
+    """Measure every network, write the rows, and return the exit code: 1 where some loop does not agree."""
+    torch.compiler.config.force_disable_caches = arguments.cold_compile
+    real = load_images(arguments.data, arguments.classes)
+    rows: list[dict[str, Any]] = []
+    for name in arguments.networks:
+        torch.compiler.reset()
+        rows += measure(name, real, arguments)
+    write_results(arguments.out, build_plan(arguments, arguments.variants[0]), vars(arguments), rows)
+    return 0 if all(row.get("agrees", True) for row in rows) else 1
+
+
+def run_students(
+    parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace, Plan, Run], list[dict[str, Any]]]
+) -> None:
+    """Measure students of several seeds and write the rows; what a stopped benchmark finished is kept beside them."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, help="JSON file; each finished student is kept in a folder beside it")
+    arguments = parser.parse_args()
+    plan = resolve_plan(ComputeConfig(threads=arguments.threads), print)
+    plan.activate()
+    with Run(arguments.out.with_suffix("") if arguments.out else None) as run:
+        rows = measure(arguments, plan, run)
+    write_results(arguments.out, plan, vars(arguments), rows)

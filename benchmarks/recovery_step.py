@@ -20,20 +20,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from compensator_step import NETWORKS, VARIANTS, agrees, build_plan, build_teacher
+from compensator_step import NETWORKS, agrees, build_teacher
 from measure import (
-    CLASSES,
-    add_options,
+    add_optimisation,
+    build_parser,
+    build_plan,
     cosine,
-    load_images,
+    describe_times,
     matmul_peak,
     peak_memory,
-    summarize,
+    run_steps,
     time_interleaved,
     time_steps,
     use_torch_defaults,
 )
-from measure import write_results as write
 from published import Drawn, PublishedGvbsm, PublishedSre2l
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -164,7 +164,7 @@ def measure(method: str, name: str, real: RealData, arguments: argparse.Namespac
     # All are built before any is compiled: building one forgets what was compiled.
     ours = {variant: OurLoop(method, teacher, noise, target, real, its) for variant, its in plans.items()}
     rows: dict[str, dict[str, Any]] = {
-        "published": {"memory_mib": peak_memory(lambda: published.step(draws(0)), plan.device)}
+        "published": {"memory": peak_memory(lambda: published.step(draws(0)), plan.device)}
     }
     for variant, loop in ours.items():
         loop.plan.activate()
@@ -172,7 +172,7 @@ def measure(method: str, name: str, real: RealData, arguments: argparse.Namespac
         found = loop.gradient()
         seconds = time.perf_counter() - begun if loop.plan.compile == "on" else None
         rows[variant] = {"gradient_cosine": cosine(found, reference), "compile_seconds": seconds}
-        rows[variant]["memory_mib"] = peak_memory(loop.step, plan.device)
+        rows[variant]["memory"] = peak_memory(loop.step, plan.device)
 
     work: dict[str, Callable[[], object]] = {"published": lambda: published.step(draws(published.taken))}
     work |= {variant: loop.step for variant, loop in ours.items()}
@@ -197,20 +197,13 @@ def measure(method: str, name: str, real: RealData, arguments: argparse.Namespac
     for label, row in rows.items():
         slots = 1 if label == "published" else ours[label].slots
         dtype = torch.float32 if label == "published" else plans[label].dtype
-        per_slot = {key: value / slots for key, value in summarize(times[label]).items()}
         before[label]()
         peak = matmul_peak(plan.device, dtype)
         rows[label] = {
             "method": method,
             "network": name,
             "loop": label,
-            **per_slot,
-            "ratio": baseline / per_slot["milliseconds"],
-            "images_per_second": 1000 * len(positions) / per_slot["milliseconds"],
-            "gflop": gflop,
-            "matmul_peak_gflops": peak,
-            "share_of_peak": gflop / per_slot["milliseconds"] * 1000 / peak,
-            "memory_mib": None if row["memory_mib"] is None else row["memory_mib"] / 2**20,
+            **describe_times(times[label], baseline, len(positions), gflop, peak, row["memory"], slots),
             "slots": slots,
             "compile_seconds": row.get("compile_seconds"),
             "gradient_cosine": row.get("gradient_cosine", 1.0),
@@ -221,25 +214,15 @@ def measure(method: str, name: str, real: RealData, arguments: argparse.Namespac
     return list(rows.values())
 
 
+def measure_network(name: str, real: RealData, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    return [row for method in arguments.methods for row in measure(method, name, real, arguments)]
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__, NETWORKS)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--networks", nargs="+", default=NETWORKS)
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
-    parser.add_argument("--classes", type=int, default=CLASSES, help="of the images, where --data is not given")
-    parser.add_argument("--optimise-steps", type=int, default=100, help="of the whole optimisation; 0: none")
-    parser.add_argument("--pack-slots", type=int, help="blocks in a step; default: as runs on this device choose")
-    add_options(parser)
-    arguments = parser.parse_args()
-    torch.compiler.config.force_disable_caches = arguments.cold_compile
-    real = load_images(arguments.data, arguments.classes)
-    rows: list[dict[str, Any]] = []
-    for method in arguments.methods:
-        for name in arguments.networks:
-            torch.compiler.reset()
-            rows += measure(method, name, real, arguments)
-    write(arguments.out, build_plan(arguments, arguments.variants[0]), vars(arguments), rows)
-    return 0 if all(row["agrees"] for row in rows) else 1
+    add_optimisation(parser)
+    return run_steps(parser.parse_args(), measure_network)
 
 
 if __name__ == "__main__":

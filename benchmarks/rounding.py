@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from measure import write_results
+from measure import run_students
 from torch import Tensor
 
-from stillroom.compute import ComputeConfig, Plan, resolve_plan
+from stillroom.compute import Plan
 from stillroom.data import DataConfig, RealData, load_real
 from stillroom.distilled import DistilledSet, count_bytes, load_distilled, quantize_compensators
 from stillroom.files import load_tensors
@@ -117,15 +117,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="laptop-cifar100-ipc10")
     parser.add_argument("--data", default="cifar100")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path, help="JSON file; each finished student is kept in a folder beside it")
-    arguments = parser.parse_args()
-    plan = resolve_plan(ComputeConfig(threads=arguments.threads), print)
-    plan.activate()
-    with Run(arguments.out.with_suffix("") if arguments.out else None) as run:
-        rows = measure(arguments, plan, run)
-    write_results(arguments.out, plan, vars(arguments), rows)
+    run_students(parser, measure)
 
 
 if __name__ == "__main__":

@@ -21,23 +21,22 @@ from typing import Any
 import numpy as np
 import torch
 from measure import (
-    CLASSES,
-    add_options,
+    build_parser,
+    build_plan,
     cosine,
-    load_images,
+    describe_times,
     matmul_peak,
     peak_memory,
-    summarize,
+    run_steps,
     time_interleaved,
     time_steps,
     use_torch_defaults,
 )
-from measure import write_results as write
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from stillroom.compute import ComputeConfig, Plan, build_generator, resolve_plan
+from stillroom.compute import Plan, build_generator
 from stillroom.data import RealData
 from stillroom.distilled import DistilledSet, quantize_compensators
 from stillroom.manifest import ViewSettings
@@ -48,7 +47,6 @@ from stillroom.teachers import Teacher
 from stillroom.train import build_optimizer
 
 NETWORKS = ("resnet18", "resnet10_thin", "convnet")
-VARIANTS = ("bfloat16-compiled", "float32-compiled", "bfloat16-eager", "float32-eager")
 TEMPERATURE = 30.0
 
 Step = Callable[[], object]
@@ -167,27 +165,22 @@ def measure_network(name: str, real: RealData, arguments: argparse.Namespace) ->
     for label, step in steps.items():
         before[label]()
         time_steps(step, 1)  # the optimiser's state comes with the first step
-        facts[label]["memory_mib"] = None if (held := peak_memory(step, plan.device)) is None else held / 2**20
+        facts[label]["memory"] = peak_memory(step, plan.device)
     times = time_interleaved(steps, arguments.steps, arguments.repeats, before)
     baseline = statistics.median(times["common"])
     rows = []
     for label, its_times in times.items():
         before[label]()
         peak = matmul_peak(plan.device, torch.float32 if label == "common" else plans[label].dtype)
-        milliseconds = statistics.median(its_times)
+        described = describe_times(its_times, baseline, batch, gflop, peak, facts[label]["memory"])
+        milliseconds = described["milliseconds"]
         eager = statistics.median(times.get(label.replace("-compiled", "-eager"), times["common"]))
         seconds = facts[label].get("compile_seconds")
         rows.append(
             {
                 "network": name,
                 "loop": label,
-                **summarize(its_times),
-                "ratio": baseline / milliseconds,
-                "images_per_second": 1000 * batch / milliseconds,
-                "gflop": gflop,
-                "matmul_peak_gflops": peak,
-                "share_of_peak": gflop / milliseconds * 1000 / peak,
-                "memory_mib": facts[label]["memory_mib"],
+                **described,
                 "compile_seconds": seconds,
                 # against the same precision run eagerly; None: it never pays
                 "pays_after_steps": seconds * 1000 / (eager - milliseconds)
@@ -200,29 +193,10 @@ def measure_network(name: str, real: RealData, arguments: argparse.Namespace) ->
     return rows
 
 
-def build_plan(arguments: argparse.Namespace, variant: str) -> Plan:
-    precision, mode = variant.split("-")
-    compile_mode = "on" if mode == "compiled" else "off"
-    config = ComputeConfig(arguments.device, precision, compile_mode, arguments.threads)  # type: ignore[arg-type]
-    return resolve_plan(config, print)
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=NETWORKS)
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
-    parser.add_argument("--classes", type=int, default=CLASSES, help="where --data is not given")
+    parser = build_parser(__doc__, NETWORKS)
     parser.add_argument("--batch", type=int, default=64)
-    add_options(parser)
-    arguments = parser.parse_args()
-    torch.compiler.config.force_disable_caches = arguments.cold_compile
-    real = load_images(arguments.data, arguments.classes)
-    rows: list[dict[str, Any]] = []
-    for name in arguments.networks:
-        torch.compiler.reset()
-        rows += measure_network(name, real, arguments)
-    write(arguments.out, build_plan(arguments, arguments.variants[0]), vars(arguments), rows)
-    return 0
+    return run_steps(parser.parse_args(), measure_network)
 
 
 if __name__ == "__main__":

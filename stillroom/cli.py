@@ -41,7 +41,7 @@ from stillroom.exchange import ImportConfig, import_set
 from stillroom.export import ExportLayout, export_set
 from stillroom.files import read_json, write_json
 from stillroom.grid import Comparison, Grid, comparison_of
-from stillroom.labels import PoolConfig
+from stillroom.labels import PoolConfig, attach_labels
 from stillroom.manifest import LabelKind
 from stillroom.pipeline import (
     bound_settings,
@@ -49,7 +49,6 @@ from stillroom.pipeline import (
     holds_labels,
     open_stages,
     provenance,
-    relabel,
     run_recipe,
 )
 from stillroom.protocols import PROTOCOLS, ProtocolName, name_protocol, protocol_student
@@ -315,11 +314,13 @@ def evaluate_command(words: list[str]) -> int:
         plan.activate()
         kind = distilled.manifest.label_kind if command.labels == "stored" else command.labels
         asked = None if command.labels == "stored" else command.pool
-        needs_teachers = kind != "hard" and (kind == "dynamic" or not holds_labels(distilled, kind, asked))
+        holds = holds_labels(distilled, kind, asked)
+        needs_teachers = kind != "hard" and (kind == "dynamic" or not holds)
         teachers = _label_with(command, own, words, distilled, real, plan, run) if needs_teachers else []
         if {teacher.hash for teacher in teachers} - {teacher.hash for teacher in distilled.manifest.teachers}:
             run.notice("these teachers are not the ones that the set was made with: their weights differ")
-        distilled = relabel(distilled, kind, teachers, plan, run, pool=asked, train=command.student.train)
+        if not holds:
+            distilled = attach_labels(distilled, kind, teachers, plan, run, pool=asked, train=command.student.train)
         result = evaluate(distilled, real, command.student, command.seeds, plan, run, teachers=teachers)
         if command.out is not None:
             protocol = name_protocol(command.student, real.image_size)

@@ -250,11 +250,19 @@ def build_cells(
                 bare = random.with_labels(None)
                 random = replace(bare, manifest=replace(bare.manifest, views=views))
             sets["random"] = random
+
+    def labelled(name: str, kind: str, train: TrainConfig) -> DistilledSet:
+        """Return a set with labels of this kind: its own, or else those that the run keeps."""
+        if holds_labels(sets[name], kind, recipe.pool):
+            return sets[name]
+        unit = f"labels-{_unit(name, sets[name])}"
+        return attach_labels(sets[name], kind, labelled_by, plan, run, unit, recipe.pool, train)
+
     cells: list[Cell] = []
     for labels in recipe.labels:
         train = recipe.student.train_for(labels)
         unit = _unit(method, distilled)
-        own = relabel(distilled, labels, labelled_by, plan, run, f"labels-{unit}", recipe.pool, train)
+        own = labelled(method, labels, train)
         steps = steps_for(own, train)
         cells.append(Cell(f"{unit}-{labels}-{steps}", method, labels, "own", own, steps))
         controls = [("random", "hard"), ("random", labels), ("naturals", labels)]
@@ -262,7 +270,7 @@ def build_cells(
             if name == method or name not in sets:
                 continue
             unit = _unit(name, sets[name])
-            control = relabel(sets[name], kind, labelled_by, plan, run, f"labels-{unit}", recipe.pool, train)
+            control = labelled(name, kind, train)
             epochs_steps = steps_for(control, train)
             for budget, total in (("equal epochs", epochs_steps), ("equal steps", steps)):
                 cell, said = f"{unit}-{kind}-{total}", f"{budget} ({labels})"
@@ -277,22 +285,6 @@ def build_cells(
 def _unit(name: str, distilled: DistilledSet) -> str:
     """Return what a set's labels and students are kept as: the same for the same set, whatever it is beside."""
     return f"{name}-{distilled.fingerprint[:12]}"
-
-
-def relabel(
-    distilled: DistilledSet,
-    labels: str,
-    teachers: list[Teacher],
-    plan: Plan,
-    run: Run,
-    unit: str = "labels",
-    pool: PoolConfig | None = None,
-    train: TrainConfig | None = None,
-) -> DistilledSet:
-    """Return the set with another kind of label; stored labels are kept, not computed again."""
-    if holds_labels(distilled, labels, pool):
-        return distilled
-    return attach_labels(distilled, labels, teachers, plan, run, unit, pool, train)
 
 
 def holds_labels(distilled: DistilledSet, labels: str, pool: PoolConfig | None) -> bool:
