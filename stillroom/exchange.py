@@ -5,7 +5,7 @@
 
 folder    a folder of images per class, as SRe2L, RDED and their kin write them (`new000/class000_id000.jpg`), or ours
 hub       parquet, as on the Hugging Face Hub: image, label, and perhaps soft labels
-infer     INFER's published JPEG files: naturals, then a block of views per teacher; compensators are estimated
+infer     INFER's published JPEG files: naturals, then a block of views per teacher (see infer_files.py)
 
 Pixels become 8 bits a channel, the only ones that the artifact has: sets of float or whitened pixels cannot be held.
 Nothing is executed (softlabels.py says how labels are read), links are refused, and an image is decoded only after its
@@ -32,22 +32,17 @@ from PIL import Image, JpegImagePlugin
 from torch import Tensor
 
 from stillroom.data import RealData, describe_real
-from stillroom.distilled import DistilledSet, quantize_compensators
+from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError, check_choices
 from stillroom.images import FORMATS, load_images
-from stillroom.manifest import MANIFEST_NAME, ImageEncoding, Manifest, Normalization, TeacherFacts, ViewSettings
+from stillroom.infer_files import EXPLAINED, NUMBERED_FILE, PUBLISHED_TEACHERS, find_blocks, recover_compensators
+from stillroom.manifest import MANIFEST_NAME, ImageEncoding, Manifest, Normalization
 from stillroom.readers import LEFT_BEHIND, FileImages, ParquetImages, Split, Stored, find_parquet, read_parquet
 from stillroom.softlabels import SoftLabelKind, read_soft_label_column, read_soft_labels
 
-# The blocks of INFER's published files. Confessed: the paper calls the fourth ShuffleNetV2; the scripts' is version 1.
-PUBLISHED_TEACHERS = ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v1")
-
 LARGEST_IMAGE_FILE = 2**26  # bytes, far above any image of 224 pixels
-EDGE = 8  # levels of 255: how near to 0 or 255 JPEG may leave a pixel that was clipped
-EXPLAINED = 0.5  # share of the views' differences to the naturals that compensators explain in a set of INFER's
 WORDNET_ID = re.compile(r"n\d{8}")
 NUMBERED = re.compile(r"(?:new|class|label|n|c)?[ _-]?(\d+)", re.IGNORECASE)
-NUMBERED_FILE = re.compile(r"class(\d+)_id(\d+)\.\w+")
 # Numbered by sorted WordNet id in one world (class folders) and by the lines of wnids.txt in the other.
 TWO_ORDERS = ("tiny-imagenet", "tiny-imagenet-200")
 
@@ -118,17 +113,17 @@ def import_set(path: Path | str, real: RealData, config: ImportConfig | None = N
     distilled = _plain_set(root, found, images, files, facts, real, config, "hub" if is_hub else "folder")
     if is_hub or layout == "folder":
         return distilled
+    assert isinstance(found.stored, FileImages)
     try:
-        blocks = _infer_blocks(found, real, config)
+        blocks = find_blocks(found.stored, found.labels, real.class_names, config.teachers)
     except StillroomError as error:
         if layout == "infer":
             raise
-        assert isinstance(found.stored, FileImages)
         names = [path.rpartition("/")[2] for path in found.stored.paths]
         if not all(NUMBERED_FILE.fullmatch(name) for name in names):
             return distilled
         return _with_note(distilled, f"named as INFER's files are, but read as plain images, since {error}")
-    recovered = _recover_infer(distilled, blocks, real, config)
+    recovered = recover_compensators(distilled, blocks, config.teachers)
     explained = recovered.manifest.extra["import"]["explained"]
     if layout == "infer" or explained > EXPLAINED:
         return recovered
@@ -418,114 +413,3 @@ def _plain_set(
     logits = None if found.logits is None else torch.from_numpy(found.logits).half()
     labels, slots = torch.from_numpy(found.labels), torch.from_numpy(found.slots)
     return DistilledSet(images, labels, slots, None, logits, manifest, files)
-
-
-# -- INFER's published layout ----------------------------------------------------------------------------------------
-
-
-def _infer_blocks(found: Found, real: RealData, config: ImportConfig) -> Tensor:
-    """Return int64 [teachers + 1, slots, classes]: the file of each view, the naturals' block first.
-
-    ``new{class:03d}/class{class:03d}_id{id:03d}.jpg``, ``id // slots`` is the block. Raises StillroomError where a name
-    is another, or classes do not all have the ids 0 ... n-1.
-    """
-    assert isinstance(found.stored, FileImages)
-    ids: dict[int, dict[int, int]] = {}
-    for row, (path, label) in enumerate(zip(found.stored.paths, found.labels.tolist(), strict=True)):
-        match = NUMBERED_FILE.fullmatch(path.rpartition("/")[2])
-        if match is None:
-            raise StillroomError(
-                f"import: {found.stored.name(row)} is not named as INFER's files are, class000_id000.jpg; try "
-                "--layout folder"
-            )
-        if int(match[2]) in ids.setdefault(label, {}):
-            raise StillroomError(f"import: {found.stored.name(row)} has an id that another file of its class has too")
-        ids[label][int(match[2])] = row
-    count, blocks = max(len(own) for own in ids.values()), len(config.teachers) + 1
-    for label, own in sorted(ids.items()):
-        missing = sorted(set(range(count)) - own.keys())
-        if missing:
-            raise StillroomError(
-                f"import: class {label} ({real.class_names[label]!r}) lacks the ids {missing[:5]} of 0 to {count - 1}; "
-                "fetch the set again"
-            )
-    if count % blocks:
-        raise StillroomError(
-            f"import: {count} files per class are no {blocks} equal blocks, naturals and {len(config.teachers)} "
-            "teachers; name the set's own teachers with --teachers"
-        )
-    rows = torch.tensor([[ids[label][number] for label in range(real.classes)] for number in range(count)])
-    return rows.unflatten(0, (blocks, count // blocks))
-
-
-def estimate_compensator(naturals: Tensor, views: Tensor) -> Tensor:
-    """Return the compensator of one teacher and slot, float32 [3, height, width] in [0, 1] pixel units.
-
-    naturals, views: uint8 [classes, 3, height, width], the views being clip(natural + compensator) (Equation 2). Each
-    pixel is the mean of view - natural over the classes where neither is at the clip edge (within 8 levels, as JPEG
-    moves them), in which the noise of their files averages out; where all are, the difference of largest magnitude,
-    since clipping only ever makes them smaller. What the scripts lose by rounding down stays in it, so that the views
-    are reproduced, and the compensator is 0 to 1 level too low. JPEG's loss of fine colour is the same in every class
-    and does not average out: of random compensators of 20 levels, 3 x 3 smooth, on 100 classes of CIFAR-100, the
-    estimates are 10 levels off, and the published views are reproduced within 6.
-    """
-    clear = (naturals >= EDGE) & (naturals <= 255 - EDGE) & (views >= EDGE) & (views <= 255 - EDGE)
-    difference = (views.float() - naturals.float()) / 255  # [classes, 3, height, width]
-    mean = (difference * clear).sum(0) / clear.sum(0).clamp_min(1)
-    largest = difference.gather(0, difference.abs().argmax(0, keepdim=True))[0]
-    return torch.where(clear.any(0), mean, largest)
-
-
-def _recover_infer(plain: DistilledSet, blocks: Tensor, real: RealData, config: ImportConfig) -> DistilledSet:
-    """Return the set of naturals and compensators that the views of `plain`, at `blocks`, came from."""
-    slots, classes = blocks.shape[1:]
-    images, naturals = plain.images, blocks[0]
-    compensators = torch.stack(
-        [
-            torch.stack([estimate_compensator(images[naturals[k]], images[own[k]]) for k in range(slots)])
-            for own in blocks[1:]
-        ]
-    )
-    order = naturals.flatten()  # slot by slot in class order
-    files = None if plain.image_files is None else tuple(plain.image_files[row] for row in order.tolist())
-    manifest = replace(
-        plain.manifest,
-        method=config.method if config.method != "imported" else "infer",
-        # Ceiling of K (C + M) / C, the images that naturals and compensators count as (Section 4.1).
-        ipc=-(-slots * (classes + len(config.teachers)) // classes),
-        # Neither accuracy nor weights of these teachers are published with the files.
-        teachers=tuple(TeacherFacts(name, 0.0, "") for name in config.teachers),
-        views=ViewSettings(naturals_as_views=True, clip=True),
-    )
-    recovered = DistilledSet(
-        images[order],
-        plain.labels[order],
-        torch.arange(slots).repeat_interleave(classes),
-        quantize_compensators(compensators, 16),
-        None if plain.soft_labels is None else plain.soft_labels[blocks.flatten()],
-        manifest,
-        files,
-    )
-    rows = torch.arange(slots * classes, blocks.numel())
-    total, squares, differences, largest = 0.0, 0.0, 0.0, 0.0
-    for part in rows.split(256):
-        published = images[blocks.flatten()[part]].float() / 255
-        errors = (recovered.form_views(part) - published).abs()
-        start = recovered.images[recovered.view_table()[part, 0]].float() / 255
-        total, squares = total + float(errors.sum()), squares + float(errors.square().sum())
-        differences, largest = (
-            differences + float((published - start).square().sum()),
-            max(largest, float(errors.max())),
-        )
-    mean = 255 * total / (len(rows) * images[0].numel())
-    explained = 1 - squares / max(differences, 1e-12)
-    note = (
-        f"compensators are estimated, by the mean of view - natural over the classes where neither is clipped; the "
-        f"views they give differ from the published ones by {mean:.1f} of 255 levels on average, {255 * largest:.0f} "
-        f"at most, and explain {explained:.0%} of what the views differ from the naturals"
-    )
-    doubt = [f"less than {EXPLAINED:.0%}, so this may be no set of INFER's: try --layout folder"]
-    facts = plain.manifest.extra["import"]
-    measures = {"layout": "infer", "mean_error": mean, "largest_error": 255 * largest, "explained": explained}
-    notes = [*facts["notes"], note, *(doubt if explained < EXPLAINED else [])]
-    return replace(recovered, manifest=replace(manifest, extra={"import": facts | measures | {"notes": notes}}))

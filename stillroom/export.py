@@ -20,19 +20,18 @@ import secrets
 import shutil
 import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from stillroom.artifact import encode_picture, to_pixels
-from stillroom.distilled import JPEG_QUALITY, DistilledSet
+from stillroom.artifact import encode_picture
+from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError, suggest
 from stillroom.files import sync_folder
+from stillroom.infer_files import write_infer
 from stillroom.softlabels import INDEX_FILE, SOFT_LABEL_FILE
 
 ExportLayout = Literal["infer", "folder", "npz", "ddranking"]
@@ -74,44 +73,6 @@ def export_set(distilled: DistilledSet, to: ExportLayout, out: Path | str) -> li
     if distilled.manifest.label_kind not in ("hard", "static"):
         notes.append(f"{distilled.manifest.label_kind} labels belong to augmented views: none were written")
     return notes
-
-
-def write_infer(distilled: DistilledSet, folder: Path) -> list[str]:
-    """Write ``new{class:03d}/class{class:03d}_id{id:03d}.jpg``, ``id // slots`` being 0 for naturals, then a teacher.
-
-    Pixels are cut to [0, 1], floored to 8 bits and saved at quality 75, naturals too, as the published scripts do;
-    naturals that are such files already are written as they are.
-    """
-    manifest, classes = distilled.manifest, len(distilled.manifest.class_names)
-    if not manifest.views.naturals_as_views:
-        raise StillroomError(
-            "--to infer: naturals are no views of this set, but that layout trains on them; use folder"
-        )
-    if classes > 1000:
-        raise StillroomError(f"--to infer: {classes} classes do not sort by three digits; use --to folder")
-    slots = int(distilled.slots.max()) + 1
-    places = distilled.labels * slots + distilled.slots
-    if len(places) != classes * slots or len(places.unique()) != len(places):
-        raise StillroomError(f"--to infer: not every class has one image in each of {slots} slots; use --to folder")
-    for label in range(classes):
-        (folder / f"new{label:03d}").mkdir()
-    count = len(distilled.images)
-    kept = distilled.image_files if manifest.image_encoding == "jpeg75" else None
-    # Encoded once, here, whatever the views' own encoding.
-    exact = replace(manifest, views=replace(manifest.views, view_encoding="exact"))
-    distilled = replace(distilled, manifest=exact)
-    for row, view in _each_view(distilled, torch.arange(distilled.view_count)):
-        block, image = divmod(row, count)
-        label, number = int(distilled.labels[image]), block * slots + int(distilled.slots[image])
-        path = folder / f"new{label:03d}" / f"class{label:03d}_id{number:03d}.jpg"
-        if block == 0 and kept is not None:
-            path.write_bytes(kept[image])
-        else:
-            pixels = (view.clamp(0, 1) * 255).floor().to(torch.uint8)
-            Image.fromarray(to_pixels(pixels)).save(path, "JPEG", quality=JPEG_QUALITY)
-    names = [teacher.name for teacher in manifest.teachers]
-    back = f"; to read it back: stillroom import DIR --teachers {' '.join(names)} --data.source ..." if names else ""
-    return [f"{slots} slots, blocks: {', '.join(['naturals', *names])}; soft labels: none{back}"]
 
 
 def write_folder(distilled: DistilledSet, folder: Path) -> list[str]:

@@ -30,8 +30,9 @@ from stillroom.distilled import (
     quantize_compensators,
 )
 from stillroom.errors import StillroomError
-from stillroom.exchange import ImportConfig, estimate_compensator, import_set, match_classes
+from stillroom.exchange import ImportConfig, import_set, match_classes
 from stillroom.export import DDRANKING_CONSTANTS, export_set
+from stillroom.infer_files import estimate_compensator
 from stillroom.manifest import TeacherFacts
 from stillroom.methods import infer
 from stillroom.methods.infer import InferConfig
