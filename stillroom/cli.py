@@ -144,7 +144,7 @@ class ExportCommand:
     """Write a distilled set's views in the layout of other people's scripts."""
 
     directory: tyro.conf.Positional[Path]  # the set's directory, or that of the run that made it
-    out: tyro.conf.Positional[Path]  # a new or empty folder
+    out: tyro.conf.Positional[Path]  # a new or empty folder; for npz a new file
     to: ExportLayout
 
 

@@ -4,7 +4,7 @@
 
 infer       new000/class000_id000.jpg, JPEG of quality 75: what INFER's published scripts train on
 folder      a folder of PNG files per class, index.csv, and soft_labels.npy (logits) where the set has them
-npz         views.npz: train_images, train_labels, class_names, and soft_labels (logits)
+npz         one file: train_images, train_labels, class_names, and soft_labels (logits) where the set has them
 ddranking   images.pt, labels.pt, hard_labels.pt: what DD-Ranking's evaluators are given as tensors
 
 None of them knows compensators, so all hold views, one image each: what sharing saves is lost, and so are manifest,
@@ -38,6 +38,7 @@ ExportLayout = Literal["infer", "folder", "npz", "ddranking"]
 
 BLOCK = 256  # views that are formed at once
 LONGEST_NAME = 80  # characters of a folder's name
+NPZ_FILE = "views.npz"  # while it is written
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)  # names that Windows keeps for itself
 
 # The constants that DD-Ranking's evaluators normalise their test images with, by our names of the datasets.
@@ -48,23 +49,22 @@ DDRANKING_CONSTANTS = {"cifar10": _CIFAR10, "cifar100": _CIFAR10, "tiny-imagenet
 
 
 def export_set(distilled: DistilledSet, to: ExportLayout, out: Path | str) -> list[str]:
-    """Write the set's views to the folder `out` in the layout `to`; return what there is to know about it.
+    """Write the set's views to `out` in the layout `to`; return what there is to know about it.
 
-    The folder is new or empty, and there whole or not at all. Raises StillroomError where it holds something, and for
-    sets that the layout cannot express.
+    `out` is a folder, new or empty, or for npz a new file; it is there whole or not at all. Raises StillroomError where
+    it holds something, and for sets that the layout cannot express.
     """
     if to not in WRITERS:
         raise StillroomError(f"--to {to!r} is no layout." + suggest(str(to), get_args(ExportLayout)))
     out = Path(out).resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StillroomError(f"export: {out} holds something already; give a new or empty folder")
+    _require_free(out, to)
     staging = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:
         staging.mkdir(parents=True)
         notes = WRITERS[to](distilled.to("cpu"), staging)
         if out.exists():
             out.rmdir()  # empty; a folder cannot be renamed onto another everywhere
-        os.replace(staging, out)
+        os.replace(staging / NPZ_FILE if to == "npz" else staging, out)
     except OSError as error:
         raise StillroomError(f"export: {out} cannot be written: {error.strerror or error}") from error
     finally:
@@ -73,6 +73,19 @@ def export_set(distilled: DistilledSet, to: ExportLayout, out: Path | str) -> li
     if distilled.manifest.label_kind not in ("hard", "static"):
         notes.append(f"{distilled.manifest.label_kind} labels belong to augmented views: none were written")
     return notes
+
+
+def _require_free(out: Path, to: ExportLayout) -> None:
+    """Raise StillroomError where `out` holds something already, or is no name for what the layout `to` writes."""
+    if to == "npz":
+        if out.is_dir():
+            raise StillroomError(f"export: {out} is a folder, but --to npz writes a file; give {out / NPZ_FILE}")
+        if out.suffix != ".npz":
+            raise StillroomError(f"export: {out} does not end in .npz, by which such a file is known; give {out}.npz")
+        if out.exists():
+            raise StillroomError(f"export: {out} is there already; give a new file, or move that one away")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise StillroomError(f"export: {out} holds something already; give a new or empty folder")
 
 
 def write_folder(distilled: DistilledSet, folder: Path) -> list[str]:
@@ -98,7 +111,12 @@ def write_folder(distilled: DistilledSet, folder: Path) -> list[str]:
 
 
 def write_npz(distilled: DistilledSet, folder: Path) -> list[str]:
-    """Write views.npz: images [views, 3, height, width], uint8 where that is exact, else float32 in [0, 1]."""
+    """Write the arrays by the names that real data in an npz file have, so that `import` and others read them back.
+
+    train_images [views, 3, height, width], uint8 where that is exact, else float32 in [0, 1] (beyond it only where the
+    manifest does not cut views); train_labels int64 [views]; class_names, strings [classes]; soft_labels, logits
+    float16 [views, classes], where the set has them. Views stand class by class.
+    """
     order = _class_order(distilled)
     views = torch.stack([view for _, view in _each_view(distilled, order)])
     arrays = {
@@ -108,8 +126,8 @@ def write_npz(distilled: DistilledSet, folder: Path) -> list[str]:
     }
     if distilled.soft_labels is not None:
         arrays["soft_labels"] = distilled.soft_labels[order].numpy()
-    np.savez(folder / "views.npz", **arrays)  # type: ignore[arg-type]  # its stub takes the names for its own
-    return [f"views.npz: {', '.join(f'{name} {a.dtype} {list(a.shape)}' for name, a in arrays.items())}"]
+    np.savez(folder / NPZ_FILE, **arrays)  # type: ignore[arg-type]  # its stub takes the names for its own
+    return [", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in arrays.items())]
 
 
 def write_ddranking(distilled: DistilledSet, folder: Path) -> list[str]:

@@ -465,19 +465,40 @@ def test_parquet_columns_are_read_in_the_order_of_their_own_classes(toy: RealDat
 
 
 def test_arrays_hold_every_view_class_by_class(smooth: DistilledSet, plain: DistilledSet, tmp_path: Path) -> None:
-    export_set(smooth, "npz", tmp_path / "smooth")
-    with np.load(tmp_path / "smooth" / "views.npz") as arrays:
+    export_set(smooth, "npz", tmp_path / "smooth.npz")
+    with np.load(tmp_path / "smooth.npz") as arrays:
         views, labels = arrays["train_images"], arrays["train_labels"]
         assert (views.dtype, views.shape) == (np.float32, (60, 3, SIDE, SIDE))
         assert labels.tolist() == [label for label in range(4) for _ in range(15)]
         own = smooth.labels[smooth.view_table()[:, 0]] == 2
         assert np.array_equal(views[labels == 2], smooth.form_views(own.nonzero().flatten()).numpy())
-    export_set(plain, "npz", tmp_path / "plain")
-    with np.load(tmp_path / "plain" / "views.npz") as arrays:
+    notes = export_set(plain, "npz", tmp_path / "deep" / "plain.npz")
+    assert "train_images uint8 [12, 3, 8, 8], train_labels int64 [12], class_names" in notes[0]
+    assert os.listdir(tmp_path / "deep") == ["plain.npz"]
+    with np.load(tmp_path / "deep" / "plain.npz") as arrays:
         order = plain.labels.argsort(stable=True)
         assert np.array_equal(arrays["train_images"], plain.images[order].numpy())
         assert np.array_equal(arrays["soft_labels"], plain.soft_labels[order].numpy())
         assert arrays["class_names"].tolist() == list(plain.manifest.class_names)
+
+
+def test_arrays_are_one_new_file_whose_name_says_what_it_is(
+    plain: DistilledSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "mine.npz").write_bytes(b"x")
+    for name, message in (
+        ("folder.npz", r"is a folder, but --to npz writes a file; give .*folder\.npz/views\.npz"),
+        ("mine.npz", "is there already; give a new file"),
+        ("mine", r"does not end in \.npz, .*; give .*/mine\.npz"),
+    ):
+        with pytest.raises(StillroomError, match=message):
+            export_set(plain, "npz", tmp_path / name)
+    assert (tmp_path / "mine.npz").read_bytes() == b"x"
+    monkeypatch.setattr(np, "savez", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(StillroomError, match="cannot be written: No space left"):
+        export_set(plain, "npz", tmp_path / "full.npz")
+    assert sorted(os.listdir(tmp_path)) == ["folder.npz", "mine.npz"]
 
 
 def test_ranking_tensors_are_normalised_as_the_evaluator_normalises_and_stand_class_by_class(
@@ -614,7 +635,7 @@ def test_the_command_line_imports_and_exports(tmp_path: Path, capsys: pytest.Cap
     assert cli.main(["verify", str(tmp_path / "ours")]) == 0
     assert cli.main(["export", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "infer"]) == 0
     assert len(list((tmp_path / "theirs").glob("new00?/class00?_id00?.jpg"))) == 8
-    assert cli.main(["export", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "npz"]) == 1
+    assert cli.main(["export", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "folder"]) == 1
     assert "holds something already" in capsys.readouterr().err
 
 
