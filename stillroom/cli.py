@@ -6,7 +6,7 @@
     stillroom squeeze | distill RECIPE         the same, stopped after the teachers | the distilled set
     stillroom evaluate DIR --data.source ...   students on a distilled set
     stillroom inspect | verify DIR             what a distilled set holds | whether it is whole
-    stillroom import PATH --data.source ...    a set that others published, into the artifact
+    stillroom import SET --data.source ...     a set that others published, into the artifact
     stillroom export DIR OUT --to ...          a set's views, for other people's scripts
     stillroom recipes | clean                  what there is to run | what the teacher cache holds
 
@@ -33,7 +33,7 @@ import tyro
 from stillroom import __version__
 from stillroom.compare import compare
 from stillroom.compute import ComputeConfig, Plan, resolve_plan
-from stillroom.data import FACTS, DataConfig, RealData, load_real
+from stillroom.data import FACTS, DataConfig, RealData, hub_id, load_real
 from stillroom.distilled import DistilledSet, load_distilled, verify_distilled
 from stillroom.errors import StillroomError, TimeLimitReached, UsageError, suggest
 from stillroom.estimate import estimate_comparison, estimate_recipe
@@ -137,11 +137,11 @@ class DirectoryCommand:
 
 @dataclass(frozen=True)
 class ImportCommand:
-    """Read a set that others published: images in class folders, parquet, or INFER's own files."""
+    """Read a set that others published: images in class folders, parquet, npz, or INFER's own files."""
 
-    published: tyro.conf.Positional[Path]  # folder of class folders, folder of parquet files, or one of these files
+    published: tyro.conf.Positional[str]  # folder of class folders or parquet files, .parquet or .npz file, or Hub id
     settings: Annotated[ImportConfig, tyro.conf.arg(name="")] = field(default_factory=ImportConfig)
-    data: DataConfig = field(default_factory=DataConfig)  # the real data that the set was made of
+    data: DataConfig = field(default_factory=DataConfig)  # the real data that the set was made of, at the set's size
     out: Path = Path("imported")  # directory for the distilled set
 
 
@@ -150,7 +150,7 @@ class ExportCommand:
     """Write a distilled set's views in the layout of other people's scripts."""
 
     directory: tyro.conf.Positional[Path]  # the set's directory, or that of the run that made it
-    out: tyro.conf.Positional[Path]  # a new or empty folder
+    out: tyro.conf.Positional[Path]  # a new or empty folder; for npz a new file
     to: ExportLayout
 
 
@@ -301,7 +301,8 @@ def evaluate_command(words: list[str]) -> int:
         raise UsageError(f"--out {command.out} holds the set itself; give its students a directory of their own")
     distilled = load_distilled(_set_directory(command.distilled))
     source = command.data.source
-    if source == distilled.manifest.dataset.name and source not in FACTS and not Path(source).exists():
+    is_found = source in FACTS or Path(source).exists() or hub_id(source) is not None
+    if source == distilled.manifest.dataset.name and not is_found:
         raise UsageError(f"the set was made of {source!r}; say where these images lie: --data.source PATH")
     with Run(command.out, time_limit=parse_duration(command.time_limit)) as run, run.stop_on_signals():
         plan = resolve_plan(command.compute, run.notice)
@@ -352,7 +353,7 @@ def verify_command(words: list[str]) -> int:
 def import_command(words: list[str]) -> int:
     """stillroom import: other people's sets."""
     command = parse_words(ImportCommand, "import", words)
-    distilled = import_set(command.published, load_real(command.data), command.settings)
+    distilled = import_set(command.published, command.data, command.settings)
     distilled.save(command.out)
     read = distilled.manifest.extra["import"]
     print(f"{command.published}, read as {read['layout']}, is now {command.out}")

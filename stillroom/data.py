@@ -15,7 +15,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,17 @@ import numpy as np
 
 from stillroom import readers
 from stillroom.errors import StillroomError, check_choices, suggest
-from stillroom.images import Images, LazyImages, MemoryImages, Resize, Triple, first_size, load_images, mean_and_std
+from stillroom.images import (
+    Images,
+    LazyImages,
+    MemoryImages,
+    Resize,
+    Triple,
+    common_side,
+    first_size,
+    load_images,
+    mean_and_std,
+)
 from stillroom.manifest import RealFacts
 from stillroom.readers import ArrayImages, Source
 
@@ -33,8 +43,8 @@ class DataConfig:
     """Which real dataset, and how it is read."""
 
     source: str = "digits"
-    """A name (digits, cifar10, cifar100, tiny-imagenet, imagenet), a path, or a Hub id "owner/name". A name wins over a
-    path of the same spelling; "./digits" is the path."""
+    """A name (digits, cifar10, cifar100, tiny-imagenet, imagenet), a path, or a Hub id "owner/name" (also
+    "hf://owner/name"). A name wins over a path of the same spelling; "./digits" is the path."""
     root: str = "data"
     """Folder where named datasets are looked for: <name>.npz, <name>/ (parquet or class folders) or torchvision's."""
     image_size: int | None = None
@@ -199,6 +209,25 @@ def load_real(config: DataConfig) -> RealData:
         raise StillroomError(f"--data.source {config.source} cannot be read: {error}.") from error
 
 
+def fit_size(config: DataConfig, side: int) -> DataConfig:
+    """Return `config` for images of `side` pixels; training images that are squares of another size are cropped to it
+    unasked, which is the same as squashed.
+
+    Whether they are is judged by the headers of some hundred of them, spread evenly; others are treated as `config`
+    says. Raises StillroomError for a source that is missing, unknown or damaged.
+    """
+    fitted, known = replace(config, image_size=side), FACTS.get(config.source)
+    if config.resize != "refuse" or (known is not None and known.image_size == side):
+        return fitted
+    try:
+        train = _open(config)[2].train
+    except OSError as error:
+        raise StillroomError(f"--data.source {config.source} cannot be read: {error}.") from error
+    count = len(train.labels)
+    own = common_side(train.images, np.arange(0, count, max(1, count // 100)))
+    return fitted if own in (None, side) else replace(fitted, resize="crop")
+
+
 def _load(config: DataConfig) -> RealData:
     name, facts, source = _open(config)
     named = config.source in FACTS
@@ -276,15 +305,16 @@ def _open(config: DataConfig) -> tuple[str, Facts | None, Source]:
     if name in FACTS:
         return name, FACTS[name], _open_named(name, config)
     if not path.exists():
-        if not _is_hub_id(name):
+        repo = hub_id(name)
+        if repo is None:
             hint = "" if "/" in name or path.suffix else suggest(name, FACTS)
             raise StillroomError(
                 f"--data.source {name} is no existing path and no known dataset.{hint} Give a folder, a file, or one "
                 f"of {', '.join(FACTS)}."
             )
-        path = _fetch_from_hub(name)
-        facts = FACTS.get(name.partition("/")[2])
-        return name, facts, _read_parquet(path, facts, config)
+        path = fetch_from_hub(repo, f"--data.source {name}")
+        facts = FACTS.get(repo.partition("/")[2])
+        return repo, facts, _read_parquet(path, facts, config)
     name = path.resolve().name if path.is_dir() else path.stem
     facts = FACTS.get(name) or next((facts for facts in FACTS.values() if facts.folder == name), None)
     return name, facts, _read_path(path, facts, config)
@@ -346,28 +376,33 @@ def _test_splits(facts: Facts | None) -> list[str]:
     return sorted(readers.TEST_SPLITS, key=lambda split: split != (facts.test_split if facts else "test"))
 
 
-def _is_hub_id(source: str) -> bool:
-    owner = source.partition("/")[0]
-    return (
-        re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source) is not None
-        and not Path(owner).exists()
-        and Path(source).suffix not in (".npz", ".parquet")
-    )
+def hub_id(source: str) -> str | None:
+    """The "owner/name" of a dataset on the Hugging Face Hub that `source` is, or is after "hf://" (and "datasets/", as
+    the Hub's own addresses have it); None for anything else, such as a path into a folder that exists."""
+    match = re.fullmatch(r"(hf://(?:datasets/)?)?([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)", source)
+    if match is None:
+        return None
+    address, owner, name = match.groups()
+    if address is None and (Path(owner).exists() or Path(name).suffix in (".npz", ".parquet")):
+        return None
+    return f"{owner}/{name}"
 
 
-def _fetch_from_hub(repo: str) -> Path:
+def fetch_from_hub(repo: str, what: str, patterns: Sequence[str] = ("*.parquet",)) -> Path:
+    """Return the local folder of the files of the Hub's dataset `repo` that fit `patterns`, as they are there today.
+
+    Raises StillroomError, which begins with `what`, where the Hub's library is not installed or does not get them.
+    """
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise StillroomError(
-            f"--data.source {repo} is no existing path; to read it from the Hub, install stillroom[hub]."
-        ) from error
+        raise StillroomError(f"{what} is no existing path; to read it from the Hub, install stillroom[hub].") from error
     # Offline, missing, private and refused requests raise errors of several libraries.
     try:
-        return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=["*.parquet"]))
+        return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=list(patterns)))
     except Exception as error:
         raise StillroomError(
-            f"--data.source {repo} is no existing path and could not be fetched from the Hub: "
+            f"{what} is no existing path and could not be fetched from the Hub: "
             f"{' '.join(str(error).split())[:200]}. Check the spelling and the network, or download its "
             "parquet files and pass their folder."
         ) from error

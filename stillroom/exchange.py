@@ -1,11 +1,12 @@
 """Import: distilled sets as others publish them, read into ours. (Export, the other direction, is export.py.)
 
-    imported = import_set("syn/cifar100-ipc10/generated_results", real, ImportConfig(layout="infer"))
+    imported = import_set("syn/cifar100-ipc10/generated_results", DataConfig("cifar100"), ImportConfig(layout="infer"))
     print(imported.manifest.extra["import"]["notes"])
 
 folder    a folder of images per class, as SRe2L, RDED and their kin write them (`new000/class000_id000.jpg`), or ours
-hub       parquet, as on the Hugging Face Hub: image, label, and perhaps soft labels
-infer     INFER's published JPEG files: naturals, then a block of views per teacher; compensators are estimated
+hub       parquet, as on the Hugging Face Hub or from there by its id: image, label, and perhaps soft labels
+npz       train_images (uint8, or floats in [0, 1]), train_labels, perhaps class_names and soft_labels, as ours
+infer     INFER's published JPEG files: naturals, then a block of views per teacher (see infer_files.py)
 
 Pixels become 8 bits a channel, the only ones that the artifact has: sets of float or whitened pixels cannot be held.
 Nothing is executed (softlabels.py says how labels are read), links are refused, and an image is decoded only after its
@@ -19,9 +20,7 @@ import io
 import math
 import os
 import re
-import unicodedata
 import warnings
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,33 +30,49 @@ import torch
 from PIL import Image, JpegImagePlugin
 from torch import Tensor
 
-from stillroom.data import RealData, describe_real
-from stillroom.distilled import DistilledSet, quantize_compensators
+from stillroom.classnames import NUMBERED, match_classes
+from stillroom.data import DataConfig, RealData, describe_real, fetch_from_hub, fit_size, hub_id, load_real
+from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError, check_choices
-from stillroom.images import FORMATS, load_images
-from stillroom.manifest import MANIFEST_NAME, ImageEncoding, Manifest, Normalization, TeacherFacts, ViewSettings
-from stillroom.readers import LEFT_BEHIND, FileImages, ParquetImages, Split, Stored, find_parquet, read_parquet
-from stillroom.softlabels import SoftLabelKind, read_soft_label_column, read_soft_labels
-
-# The blocks of INFER's published files. Confessed: the paper calls the fourth ShuffleNetV2; the scripts' is version 1.
-PUBLISHED_TEACHERS = ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v1")
+from stillroom.images import FORMATS, first_size, load_images
+from stillroom.infer_files import EXPLAINED, NUMBERED_FILE, PUBLISHED_TEACHERS, find_blocks, recover_compensators
+from stillroom.manifest import MANIFEST_NAME, ImageEncoding, Manifest, Normalization
+from stillroom.readers import (
+    LEFT_BEHIND,
+    ArrayImages,
+    FileImages,
+    ParquetImages,
+    Source,
+    Split,
+    Stored,
+    find_parquet,
+    npz_headers,
+    read_npz,
+    read_parquet,
+)
+from stillroom.softlabels import SoftLabelKind, read_soft_label_array, read_soft_label_column, read_soft_labels
 
 LARGEST_IMAGE_FILE = 2**26  # bytes, far above any image of 224 pixels
-EDGE = 8  # levels of 255: how near to 0 or 255 JPEG may leave a pixel that was clipped
-EXPLAINED = 0.5  # share of the views' differences to the naturals that compensators explain in a set of INFER's
-WORDNET_ID = re.compile(r"n\d{8}")
-NUMBERED = re.compile(r"(?:new|class|label|n|c)?[ _-]?(\d+)", re.IGNORECASE)
-NUMBERED_FILE = re.compile(r"class(\d+)_id(\d+)\.\w+")
-# Numbered by sorted WordNet id in one world (class folders) and by the lines of wnids.txt in the other.
-TWO_ORDERS = ("tiny-imagenet", "tiny-imagenet-200")
+
+Layout = Literal["auto", "folder", "hub", "infer", "npz"]
+
+# Settings that only some layouts have, and what these are made of.
+ONLY_OF = {
+    "image_column": (("hub",), "parquet"),
+    "label_column": (("hub",), "parquet"),
+    "soft_label_column": (("hub",), "parquet"),
+    "soft_labels": (("auto", "folder", "infer"), "class folders"),
+}
+SHOWN = {"auto": "folder", "infer": "folder"}  # whose images are those of a folder, until compensators are found
 
 
 @dataclass(frozen=True)
 class ImportConfig:
     """How a published set is read."""
 
-    layout: Literal["auto", "folder", "hub", "infer"] = "auto"
-    """auto: parquet files are hub; class folders are infer where its blocks of views explain them, else folder."""
+    layout: Layout = "auto"
+    """auto: parquet files, and what is on the Hub, are hub; .npz files npz; class folders are infer where its blocks of
+    views explain them, else folder."""
     class_order: str | None = None
     """Text file with a line per class of the real data, in label order: the class's folder (or name) in the published
     set. None: folders are matched to classes by name, or else all by number."""
@@ -65,7 +80,8 @@ class ImportConfig:
     """Names of the teachers whose views follow INFER's naturals, in order."""
     soft_labels: str | None = None
     """File of the folder and infer layouts with a row per image: .npy, or a torch file of one tensor. Rows stand in the
-    order of sorted class folders and sorted files, columns in the label order of the real data."""
+    order of sorted class folders and sorted files, columns in the label order of the real data. (Parquet has a column
+    and npz an array of its own.)"""
     image_column: str | None = None
     """Parquet column of the images. None: found by its type, and by the names img and image."""
     label_column: str | None = None
@@ -85,8 +101,8 @@ class ImportConfig:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """A published set as its files have it: `stored` images, int64 labels and slots [n] of the real data's classes,
-    logits float32 [n, classes] or None, and what there is to say about them."""
+    """A published set in the real data's terms: `stored` images, int64 labels and slots [n] of its classes, logits
+    float32 [n, classes] or None, and what there is to say about them."""
 
     stored: Stored
     labels: np.ndarray
@@ -95,40 +111,41 @@ class Found:
     notes: list[str]
 
 
-def import_set(path: Path | str, real: RealData, config: ImportConfig | None = None) -> DistilledSet:
-    """Return the published set at `path`, a folder or a parquet file, as a distilled set of `real`.
+def import_set(source: Path | str, real: RealData | DataConfig, config: ImportConfig | None = None) -> DistilledSet:
+    """Return the published set `source`, a folder, a parquet or npz file or a Hub id, as a distilled set of `real`.
 
-    JPEG files of a quality that the manifest knows are kept as they are, others are stored losslessly. Labels are
-    static where soft labels come along, else hard. ``manifest.extra["import"]`` holds source, layout, measures and
-    notes for the reader. Raises StillroomError for files that are missing, damaged, links or of another size, classes
-    that cannot be matched beyond doubt, and labels that cannot be read safely.
+    Settings of the real data need not say the size of its images: it is that of the set's (see `data.fit_size`). JPEG
+    files of a quality that the manifest knows are kept as they are, others are stored losslessly. Labels are static
+    where soft labels come along, else hard. ``manifest.extra["import"]`` holds source, layout, measures and notes for
+    the reader. Raises StillroomError for files that are missing, damaged, links or of another size, classes that cannot
+    be matched beyond doubt, labels that cannot be read safely, and settings of another layout.
     """
-    config, root = config or ImportConfig(), Path(path)
-    if not root.exists():
-        raise StillroomError(f"import: {root} does not exist; give the folder, or parquet file, of the published set")
-    if (root / MANIFEST_NAME).is_file():
-        raise StillroomError(f"import: {root} is a distilled set of this artifact already; load_distilled reads it")
-    layout = config.layout
-    is_hub = layout == "hub" or (layout == "auto" and (root.is_file() or bool(find_parquet(root))))
+    config = config or ImportConfig()
+    root, layout, notes = _locate(str(source), config)
     try:
-        found = _find_rows(root, real, config) if is_hub else _find_files(root, real, config)
+        published = _open(root, layout, config, notes)
+        if not len(published.train.labels):
+            raise StillroomError(f"import: {root} holds no images; fetch the set again")
+        if isinstance(real, DataConfig):
+            real = _load_fitting(real, published.train, root, notes)
+        found = _match(published, root, real, config, notes)
         images, files, facts = _read_images(found, real.image_size)
     except OSError as error:
         raise StillroomError(f"import: {root} cannot be read: {error}") from error
-    distilled = _plain_set(root, found, images, files, facts, real, config, "hub" if is_hub else "folder")
-    if is_hub or layout == "folder":
+    distilled = _plain_set(str(source), found, images, files, facts, real, config, SHOWN.get(layout, layout))
+    if layout not in ("auto", "infer"):
         return distilled
+    assert isinstance(found.stored, FileImages)
     try:
-        blocks = _infer_blocks(found, real, config)
+        blocks = find_blocks(found.stored, found.labels, real.class_names, config.teachers)
     except StillroomError as error:
         if layout == "infer":
             raise
-        assert isinstance(found.stored, FileImages)
         names = [path.rpartition("/")[2] for path in found.stored.paths]
         if not all(NUMBERED_FILE.fullmatch(name) for name in names):
             return distilled
         return _with_note(distilled, f"named as INFER's files are, but read as plain images, since {error}")
-    recovered = _recover_infer(distilled, blocks, real, config)
+    recovered = recover_compensators(distilled, blocks, config.teachers)
     explained = recovered.manifest.extra["import"]["explained"]
     if layout == "infer" or explained > EXPLAINED:
         return recovered
@@ -145,7 +162,72 @@ def _with_note(distilled: DistilledSet, note: str) -> DistilledSet:
     return replace(distilled, manifest=replace(distilled.manifest, extra=extra))
 
 
-# -- finding images and their classes --------------------------------------------------------------------------------
+def _load_fitting(data: DataConfig, published: Split, root: Path, notes: list[str]) -> RealData:
+    """Load the real data at the size of the published images, which its settings may say but not contradict."""
+    height, width, _ = first_size(published.images, np.arange(len(published.labels)))
+    if height != width:
+        raise StillroomError(
+            f"import: {root} has images of {width} x {height} pixels, but sets hold squares; cut or resize them first"
+        )
+    if data.image_size not in (None, height):
+        raise StillroomError(
+            f"import: {root} has images of {width} x {height} pixels, but --data.image-size is {data.image_size}; "
+            "leave it out, since the set's own is found"
+        )
+    fitted = fit_size(data, height)
+    if fitted.resize != data.resize:
+        notes.append(f"real images are squares of another size, and are resized to the set's {width} x {height}")
+    try:
+        return load_real(fitted)
+    except StillroomError as error:  # of images that are no squares; another size would not be the set's
+        raise StillroomError(str(error).replace(", or another --data.image-size", "")) from error
+
+
+# -- opening files, whose images are not decoded yet -----------------------------------------------------------------
+
+
+def _locate(source: str, config: ImportConfig) -> tuple[Path, Layout, list[str]]:
+    """Return where the set lies, fetched from the Hub if it is there, its layout, and notes.
+
+    The layout "auto" is left where class folders may be INFER's or not.
+    """
+    root, repo = Path(source), None
+    if not root.exists():
+        repo = hub_id(source)
+        if repo is None:
+            raise StillroomError(
+                f"import: {root} does not exist; give the folder, the parquet or npz file, or the Hub id (owner/name) "
+                "of the published set"
+            )
+    layout = _layout_of(root, repo is not None) if config.layout == "auto" else config.layout
+    if repo is not None and layout != "hub":
+        raise StillroomError(f"import: --layout {layout} reads what lies here; download {source} and give its folder")
+    for name, (layouts, kind) in ONLY_OF.items():
+        if getattr(config, name) is not None and layout not in layouts:
+            raise StillroomError(
+                f"import: --{name.replace('_', '-')} {getattr(config, name)} is for {kind}, but {source} is read as "
+                f"{SHOWN.get(layout, layout)}; leave it out"
+            )
+    if repo is not None:
+        root = fetch_from_hub(repo, f"import: {source}", ("*.parquet", MANIFEST_NAME))
+    if (root / MANIFEST_NAME).is_file():
+        whole = "" if repo is None else ", downloaded whole"
+        raise StillroomError(
+            f"import: {source} is a distilled set of this artifact already; load_distilled reads it{whole}"
+        )
+    if repo is not None and not find_parquet(root):
+        raise StillroomError(f"import: {source} has no parquet files on the Hub; download it and give its folder")
+    return root, layout, [] if repo is None else [f"from the Hub, as it is at {root.name}"]
+
+
+def _layout_of(root: Path, on_hub: bool) -> Layout:
+    if on_hub or root.suffix == ".parquet" or (root.is_dir() and find_parquet(root)):
+        return "hub"
+    if root.is_dir():
+        return "auto"
+    if root.suffix != ".npz":
+        raise StillroomError(f"import: {root} is neither .npz nor .parquet, nor a folder; unpack it, or say --layout")
+    return "npz"
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -163,169 +245,153 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
     return shown
 
 
-def _find_files(root: Path, real: RealData, config: ImportConfig) -> Found:
-    """Find the images of a folder per class."""
+def _open(root: Path, layout: Layout, config: ImportConfig, notes: list[str]) -> Source:
+    """Return the published images, labels and class names as files of `layout` have them."""
+    if layout == "hub":
+        return _open_parquet(root, config)
+    if layout == "npz":
+        return _open_npz(root, notes)
+    return _open_folders(root, layout)
+
+
+def _open_folders(root: Path, layout: Layout) -> Source:
+    """A folder per class, whose name is the class's."""
     if not root.is_dir():
-        raise StillroomError(f"import: {root} is a file; --layout {config.layout} reads a folder of class folders")
-    folders = [entry.name for entry in _entries(root) if entry.is_dir()]
+        raise StillroomError(f"import: {root} is a file; --layout {layout} reads a folder of class folders")
+    entries = _entries(root)
+    folders = [entry.name for entry in entries if entry.is_dir()]
     if not folders:
-        raise StillroomError(f"import: {root} has no class folders and no parquet files; give the folder that has them")
-    label_of, notes = match_classes(folders, real, config.class_order)
+        arrays = next((f"; give {entry.path}" for entry in entries if entry.name.endswith(".npz")), None)
+        hint = arrays or "; give the folder that has them"
+        raise StillroomError(f"import: {root} has no class folders and no parquet files{hint}")
     paths: list[str] = []
-    for folder in folders:
-        entries = _entries(root / folder)
-        odd = next((entry.name for entry in entries if not entry.is_file()), None)
+    labels: list[int] = []
+    for label, folder in enumerate(folders):
+        files = _entries(root / folder)
+        odd = next((entry.name for entry in files if not entry.is_file()), None)
         if odd is not None:
             hint = f"; give {root / folder}" if folder in ("train", "test", "val") else "; remove it"
             raise StillroomError(f"import: {root / folder} holds {odd!r}, which is no image file{hint}")
-        paths += [f"{folder}/{entry.name}" for entry in entries]
-    names = [path.partition("/") for path in paths]
-    labels = np.array([label_of[folder] for folder, _, _ in names], np.int64)
-    by_number = all((m := NUMBERED.fullmatch(folder)) and int(m[1]) == label for folder, label in label_of.items())
-    for folder, _, name in names:
-        own = NUMBERED_FILE.fullmatch(name)
-        if by_number and own and int(own[1]) != label_of[folder]:
-            raise StillroomError(
-                f"import: {root / folder / name} says class {int(own[1])} in a folder of class {label_of[folder]}; one "
-                "of them is wrong"
-            )
-    slots = np.zeros(len(paths), np.int64)
-    for label in np.unique(labels):
-        own_rows = sorted(np.flatnonzero(labels == label), key=lambda row: _natural(names[row][2]))
-        slots[own_rows] = np.arange(len(own_rows))
-    logits = read_soft_labels(root, paths, real.classes, config.soft_labels, config.soft_label_kind, notes)
-    return _checked(Found(FileImages(root, tuple(paths)), labels, slots, logits, notes), real, root)
+        paths += [f"{folder}/{entry.name}" for entry in files]
+        labels += [label] * len(files)
+    return Source(Split(FileImages(root, tuple(paths)), np.array(labels, np.int64)), None, tuple(folders))
 
 
-def _find_rows(root: Path, real: RealData, config: ImportConfig) -> Found:
-    """Find the images of parquet files: those named for training, or the only one."""
+def _open_parquet(root: Path, config: ImportConfig) -> Source:
+    """Parquet files: those named for training, or the only one."""
     files = find_parquet(root) if root.is_dir() else [root]
     if not files:
         raise StillroomError(f"import: {root} has no parquet files; --layout folder reads class folders")
-    path = files[0] if len(files) == 1 else root
     try:
-        source = read_parquet(path, config.image_column, config.label_column, with_test=False)
+        path = files[0] if len(files) == 1 else root
+        return read_parquet(path, config.image_column, config.label_column, with_test=False)
+    except StillroomError as error:  # of the reader of real data, which has other flags
+        message = str(error).replace(" as --data.source", "").replace("--data.", "--")
+        raise StillroomError(f"import: {message}") from error
+
+
+def _open_npz(root: Path, notes: list[str]) -> Source:
+    """One npz file, by the names that real data have there: what it holds for training."""
+    if root.is_dir():
+        raise StillroomError(f"import: {root} is a folder; --layout npz reads a file")
+    try:
+        source = read_npz(root, math.inf, with_test=False, floats_too=True)
+        kind = npz_headers(root)["train_images"][1]
     except StillroomError as error:
-        raise StillroomError(f"import: {error}".replace("--data.", "--")) from error  # the real data has others
-    stored = source.train.images
-    assert isinstance(stored, ParquetImages)
-    theirs = source.train.labels
-    if source.class_names is not None:
-        label_of, notes = match_classes(source.class_names, real, config.class_order)
-        ours = np.array([label_of[name] for name in source.class_names], np.int64)
-    else:
-        names = [f"{number}" if config.class_order else f"class {number}" for number in range(real.classes)]
-        label_of, notes = match_classes(names, real, config.class_order)
-        ours = np.array([label_of[name] for name in names], np.int64)
+        raise StillroomError(f"import: {error}") from error
+    if kind.kind == "f":
+        notes.append(f"pixels of {kind} rounded to 8 bits")
+    return source
+
+
+# -- their classes and ours ------------------------------------------------------------------------------------------
+
+
+def _match(published: Source, root: Path, real: RealData, config: ImportConfig, notes: list[str]) -> Found:
+    """Return the published images with labels, slots and logits of the real data's classes."""
+    stored, theirs, names = published.train.images, published.train.labels, published.class_names
+    if names is None:
+        names = tuple(f"{number}" if config.class_order else f"class {number}" for number in range(real.classes))
+    label_of, how = match_classes(names, real, config.class_order)
+    ours = np.array([label_of[name] for name in names], np.int64)
     wrong = theirs[(theirs < 0) | (theirs >= len(ours))]
     if len(wrong):
-        raise StillroomError(
-            f"import: {files[0]} has the label {wrong[0]}, but {real.name!r} has labels 0 ... {real.classes - 1}"
-        )
-    labels = ours[theirs]
+        known = f"{real.name!r} has" if published.class_names is None else "its class names have"
+        raise StillroomError(f"import: {root} has the label {wrong[0]}, but {known} labels 0 ... {len(ours) - 1}")
+    labels = ours[theirs.astype(np.int64)]
+    _require_every_class(labels, real, root)
     slots = np.zeros(len(labels), np.int64)
-    for label in np.unique(labels):
-        slots[labels == label] = np.arange((labels == label).sum())
-    read = list(dict.fromkeys(file for file, _ in stored.groups))
-    logits = read_soft_label_column(read, len(ours), config.soft_label_column, config.soft_label_kind, notes)
-    if logits is not None:
-        moved = np.empty_like(logits)
-        moved[:, ours] = logits  # their columns stand in the order of their classes
-        logits = moved
-    return _checked(Found(stored, labels, slots, logits, notes), real, root)
+    for label in range(real.classes):
+        rows = np.flatnonzero(labels == label).tolist()
+        if isinstance(stored, FileImages):
+            rows.sort(key=lambda row: _natural(stored.paths[row].rpartition("/")[2]))
+        slots[rows] = np.arange(len(rows))
+    notes = [*notes, *how]
+    if isinstance(stored, FileImages):
+        _refuse_other_numbers(stored, label_of)
+    logits = _read_logits(stored, root, ours, len(labels), config, notes)
+    return Found(stored, labels, slots, logits, notes + _remarks(labels, logits, real))
 
 
-def _checked(found: Found, real: RealData, root: Path) -> Found:
-    """Raise StillroomError for classes without images; note uneven counts and what soft labels say of the classes."""
-    counts = np.bincount(found.labels, minlength=real.classes)
-    empty = [real.class_names[label] for label in np.flatnonzero(counts == 0)[:5]]
-    if empty:
+def _require_every_class(labels: np.ndarray, real: RealData, root: Path) -> None:
+    empty = np.setdiff1d(np.arange(real.classes), labels)
+    if len(empty):
+        names = [real.class_names[label] for label in empty[:5]]
         raise StillroomError(
-            f"import: {root} has no images of {(counts == 0).sum()} of {real.classes} classes, such as {empty}; fetch "
-            "the set again, or give the --data.source that it was made of"
+            f"import: {root} has no images of {len(empty)} of {real.classes} classes, such as {names}; fetch the set "
+            "again, or give the --data.source that it was made of"
         )
+
+
+def _refuse_other_numbers(files: FileImages, label_of: dict[str, int]) -> None:
+    """Raise StillroomError where folders are numbered, and a file says the number of another class."""
+    if not all((m := NUMBERED.fullmatch(folder)) and int(m[1]) == label for folder, label in label_of.items()):
+        return
+    for row, path in enumerate(files.paths):
+        folder, _, name = path.partition("/")
+        own = NUMBERED_FILE.fullmatch(name)
+        if own and int(own[1]) != label_of[folder]:
+            raise StillroomError(
+                f"import: {files.name(row)} says class {int(own[1])} in a folder of class {label_of[folder]}; one of "
+                "them is wrong"
+            )
+
+
+def _read_logits(
+    stored: Stored, root: Path, ours: np.ndarray, count: int, config: ImportConfig, notes: list[str]
+) -> np.ndarray | None:
+    """Return the logits of `count` images, float32 [count, classes], or None; `ours` has our label of each class."""
+    if isinstance(stored, FileImages):  # whose rows are told to be in our order
+        return read_soft_labels(root, list(stored.paths), len(ours), config.soft_labels, config.soft_label_kind, notes)
+    if isinstance(stored, ParquetImages):
+        files = list(dict.fromkeys(file for file, _ in stored.groups))
+        logits = read_soft_label_column(files, len(ours), config.soft_label_column, config.soft_label_kind, notes)
+    else:
+        logits = read_soft_label_array(root, count, len(ours), config.soft_label_kind, notes)
+    if logits is None:
+        return None
+    moved = np.empty_like(logits)
+    moved[:, ours] = logits  # their columns stand in the order of their classes
+    return moved
+
+
+def _remarks(labels: np.ndarray, logits: np.ndarray | None, real: RealData) -> list[str]:
+    """What uneven counts and soft labels say of the set."""
+    counts, remarks = np.bincount(labels, minlength=real.classes), []
     if counts.min() != counts.max():
         few = real.class_names[int(counts.argmin())]
-        found.notes.append(
-            f"classes have {counts.min()} to {counts.max()} images (fewest: {few!r}); was it fetched whole?"
-        )
-    if found.logits is not None:
-        agreement = float((found.logits.argmax(1) == found.labels).mean())
-        doubt = (
-            " - no more than chance: their rows or columns stand in another order"
-            if (agreement * real.classes < 2)
-            else ""
-        )
-        found.notes.append(f"soft labels put the image's own class first for {agreement:.0%} of the images{doubt}")
-    return found
-
-
-def match_classes(
-    names: Sequence[str], real: RealData, class_order: str | None = None
-) -> tuple[dict[str, int], list[str]]:
-    """Return the real data's label of each published class name (or folder), and notes on how they were matched.
-
-    By the lines of the file `class_order`; or by name, where every name is that of a class but for case and signs; or
-    by number, where every name is one (`new000`, `class_7`, `00012`). Raises StillroomError for anything between.
-    """
-    if class_order is not None:
-        lines = _read_lines(Path(class_order))
-        if len(lines) != real.classes or len(set(lines)) != len(lines):
-            raise StillroomError(
-                f"--class-order {class_order} has {len(lines)} names, {len(set(lines))} of them different; it needs "
-                f"one for each of the {real.classes} classes of {real.name!r}, in label order"
-            )
-        absent = [name for name in names if name not in lines]
-        if absent:
-            raise StillroomError(f"--class-order {class_order} does not name {absent[:5]}, which the set has; add them")
-        return {name: lines.index(name) for name in names}, [f"classes in the order of {class_order}"]
-    known: dict[str, int] = {}
-    for label, name in enumerate(real.class_names):
-        if known.setdefault(plain_name(name), label) != label:  # two classes that differ by signs alone
-            known[plain_name(name)] = -1
-    by_name = {name: known.get(plain_name(name), -1) for name in names}
-    if min(by_name.values()) >= 0 and len(set(by_name.values())) == len(by_name):
-        return by_name, ["classes matched by name"]
-    numbers = {name: int(m[1]) for name in names if (m := NUMBERED.fullmatch(name)) and not WORDNET_ID.fullmatch(name)}
-    shown = ", ".join(map(repr, real.class_names[:3]))
-    advice = "say which is which by --class-order FILE, a line per class of the real data with its name in the set"
-    if len(numbers) < len(names):
-        strange = [name for name in names if name not in numbers and by_name[name] < 0][:5] or list(names[:5])
-        wordnet = "; Tiny-ImageNet's own wnids.txt is such a file" if any(map(WORDNET_ID.fullmatch, strange)) else ""
-        raise StillroomError(
-            f"import: {strange} are no classes of {real.name!r} ({shown}, ...) and no numbers; {advice}{wordnet}"
-        )
-    found = set(numbers.values())
-    if found == set(range(1, real.classes + 1)):
-        raise StillroomError(f"import: classes are numbered 1 to {real.classes}, and labels from 0; {advice}")
-    if len(found) != len(numbers) or max(found) >= real.classes:
-        raise StillroomError(
-            f"import: numbers of classes reach {max(found)} in {len(numbers)} names, {len(found)} of them different, "
-            f"but {real.name!r} has the labels 0 to {real.classes - 1}; {advice}"
-        )
-    if real.name in TWO_ORDERS and not all(map(WORDNET_ID.fullmatch, real.class_names)):
-        raise StillroomError(
-            f"import: the set numbers the classes of {real.name!r}, most likely by sorted WordNet id, but labels here "
-            f"follow wnids.txt; {advice}"
-        )
-    return numbers, [f"classes matched by number, in label order: 0 is {real.class_names[0]!r}"]
-
-
-def plain_name(name: str) -> str:
-    """Return a class name as it is compared: composed letters, no case, one underscore for any signs."""
-    return re.sub(r"[\W_]+", "_", unicodedata.normalize("NFC", name)).casefold().strip("_")
+        remarks.append(f"classes have {counts.min()} to {counts.max()} images (fewest: {few!r}); was it fetched whole?")
+    if logits is not None:
+        agreement = float((logits.argmax(1) == labels).mean())
+        chance = " - no more than chance: their rows or columns stand in another order"
+        doubt = chance if agreement * real.classes < 2 else ""
+        remarks.append(f"soft labels put the image's own class first for {agreement:.0%} of the images{doubt}")
+    return remarks
 
 
 def _natural(name: str) -> list[Any]:
     """Return a key that sorts img_2 before img_10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise StillroomError(f"import: {path} cannot be read as text: {error}") from error
 
 
 # -- pixels --------------------------------------------------------------------------------------------------------
@@ -363,12 +429,16 @@ def _read_header(item: Any, name: str, side: int) -> tuple[ImageEncoding, int] |
                         encoding = _jpeg_qualities().get(_tables(picture))
     except Exception as error:  # damaged files make Pillow's plugins raise nearly anything
         raise StillroomError(f"import: {name} cannot be read as an image ({error}); remove or replace it") from error
+    _require_side(size, side, name)
+    return None if encoding is None else (encoding, sampling)
+
+
+def _require_side(size: tuple[int, int], side: int, name: str) -> None:
     if size != (side, side):
         raise StillroomError(
             f"import: {name} has {size[0]} x {size[1]} pixels, but {side} x {side} are those of the real data; give "
-            "the --data.image-size of the set"
+            "the --data.image-size of the set, whose images all have one size"
         )
-    return None if encoding is None else (encoding, sampling)
 
 
 def _read_images(found: Found, side: int) -> tuple[Tensor, tuple[bytes, ...] | None, dict[str, Any]]:
@@ -377,7 +447,10 @@ def _read_images(found: Found, side: int) -> tuple[Tensor, tuple[bytes, ...] | N
     rows = np.arange(count)
     kinds = set()
     chunks = np.array_split(rows, math.ceil(count / 1000))
-    for chunk in chunks:
+    if isinstance(stored, ArrayImages):
+        height, width = stored.pixels.shape[1:3]
+        _require_side((width, height), side, stored.where)
+    for chunk in chunks if not isinstance(stored, ArrayImages) else ():
         for row, item in zip(chunk, stored.fetch(chunk), strict=True):
             kinds.add(_read_header(item, stored.name(row), side))
     images, _, _ = load_images(Split(stored, found.labels), rows, side, "refuse", False, math.inf, False)
@@ -391,7 +464,7 @@ def _read_images(found: Found, side: int) -> tuple[Tensor, tuple[bytes, ...] | N
 
 
 def _plain_set(
-    root: Path,
+    source: str,
     found: Found,
     images: Tensor,
     files: tuple[bytes, ...] | None,
@@ -402,7 +475,7 @@ def _plain_set(
 ) -> DistilledSet:
     """Return the images as they are, without compensators."""
     kept = "kept as they are" if files is not None else "stored losslessly"
-    facts = {"source": str(root), "layout": layout, "notes": [*found.notes, f"images {kept}"]} | facts
+    facts = {"source": source, "layout": layout, "notes": [*found.notes, f"images {kept}"]} | facts
     manifest = Manifest(
         method=config.method,
         recipe={"import": asdict(config)},
@@ -418,114 +491,3 @@ def _plain_set(
     logits = None if found.logits is None else torch.from_numpy(found.logits).half()
     labels, slots = torch.from_numpy(found.labels), torch.from_numpy(found.slots)
     return DistilledSet(images, labels, slots, None, logits, manifest, files)
-
-
-# -- INFER's published layout ----------------------------------------------------------------------------------------
-
-
-def _infer_blocks(found: Found, real: RealData, config: ImportConfig) -> Tensor:
-    """Return int64 [teachers + 1, slots, classes]: the file of each view, the naturals' block first.
-
-    ``new{class:03d}/class{class:03d}_id{id:03d}.jpg``, ``id // slots`` is the block. Raises StillroomError where a name
-    is another, or classes do not all have the ids 0 ... n-1.
-    """
-    assert isinstance(found.stored, FileImages)
-    ids: dict[int, dict[int, int]] = {}
-    for row, (path, label) in enumerate(zip(found.stored.paths, found.labels.tolist(), strict=True)):
-        match = NUMBERED_FILE.fullmatch(path.rpartition("/")[2])
-        if match is None:
-            raise StillroomError(
-                f"import: {found.stored.name(row)} is not named as INFER's files are, class000_id000.jpg; try "
-                "--layout folder"
-            )
-        if int(match[2]) in ids.setdefault(label, {}):
-            raise StillroomError(f"import: {found.stored.name(row)} has an id that another file of its class has too")
-        ids[label][int(match[2])] = row
-    count, blocks = max(len(own) for own in ids.values()), len(config.teachers) + 1
-    for label, own in sorted(ids.items()):
-        missing = sorted(set(range(count)) - own.keys())
-        if missing:
-            raise StillroomError(
-                f"import: class {label} ({real.class_names[label]!r}) lacks the ids {missing[:5]} of 0 to {count - 1}; "
-                "fetch the set again"
-            )
-    if count % blocks:
-        raise StillroomError(
-            f"import: {count} files per class are no {blocks} equal blocks, naturals and {len(config.teachers)} "
-            "teachers; name the set's own teachers with --teachers"
-        )
-    rows = torch.tensor([[ids[label][number] for label in range(real.classes)] for number in range(count)])
-    return rows.unflatten(0, (blocks, count // blocks))
-
-
-def estimate_compensator(naturals: Tensor, views: Tensor) -> Tensor:
-    """Return the compensator of one teacher and slot, float32 [3, height, width] in [0, 1] pixel units.
-
-    naturals, views: uint8 [classes, 3, height, width], the views being clip(natural + compensator) (Equation 2). Each
-    pixel is the mean of view - natural over the classes where neither is at the clip edge (within 8 levels, as JPEG
-    moves them), in which the noise of their files averages out; where all are, the difference of largest magnitude,
-    since clipping only ever makes them smaller. What the scripts lose by rounding down stays in it, so that the views
-    are reproduced, and the compensator is 0 to 1 level too low. JPEG's loss of fine colour is the same in every class
-    and does not average out: of random compensators of 20 levels, 3 x 3 smooth, on 100 classes of CIFAR-100, the
-    estimates are 10 levels off, and the published views are reproduced within 6.
-    """
-    clear = (naturals >= EDGE) & (naturals <= 255 - EDGE) & (views >= EDGE) & (views <= 255 - EDGE)
-    difference = (views.float() - naturals.float()) / 255  # [classes, 3, height, width]
-    mean = (difference * clear).sum(0) / clear.sum(0).clamp_min(1)
-    largest = difference.gather(0, difference.abs().argmax(0, keepdim=True))[0]
-    return torch.where(clear.any(0), mean, largest)
-
-
-def _recover_infer(plain: DistilledSet, blocks: Tensor, real: RealData, config: ImportConfig) -> DistilledSet:
-    """Return the set of naturals and compensators that the views of `plain`, at `blocks`, came from."""
-    slots, classes = blocks.shape[1:]
-    images, naturals = plain.images, blocks[0]
-    compensators = torch.stack(
-        [
-            torch.stack([estimate_compensator(images[naturals[k]], images[own[k]]) for k in range(slots)])
-            for own in blocks[1:]
-        ]
-    )
-    order = naturals.flatten()  # slot by slot in class order
-    files = None if plain.image_files is None else tuple(plain.image_files[row] for row in order.tolist())
-    manifest = replace(
-        plain.manifest,
-        method=config.method if config.method != "imported" else "infer",
-        # Ceiling of K (C + M) / C, the images that naturals and compensators count as (Section 4.1).
-        ipc=-(-slots * (classes + len(config.teachers)) // classes),
-        # Neither accuracy nor weights of these teachers are published with the files.
-        teachers=tuple(TeacherFacts(name, 0.0, "") for name in config.teachers),
-        views=ViewSettings(naturals_as_views=True, clip=True),
-    )
-    recovered = DistilledSet(
-        images[order],
-        plain.labels[order],
-        torch.arange(slots).repeat_interleave(classes),
-        quantize_compensators(compensators, 16),
-        None if plain.soft_labels is None else plain.soft_labels[blocks.flatten()],
-        manifest,
-        files,
-    )
-    rows = torch.arange(slots * classes, blocks.numel())
-    total, squares, differences, largest = 0.0, 0.0, 0.0, 0.0
-    for part in rows.split(256):
-        published = images[blocks.flatten()[part]].float() / 255
-        errors = (recovered.form_views(part) - published).abs()
-        start = recovered.images[recovered.view_table()[part, 0]].float() / 255
-        total, squares = total + float(errors.sum()), squares + float(errors.square().sum())
-        differences, largest = (
-            differences + float((published - start).square().sum()),
-            max(largest, float(errors.max())),
-        )
-    mean = 255 * total / (len(rows) * images[0].numel())
-    explained = 1 - squares / max(differences, 1e-12)
-    note = (
-        f"compensators are estimated, by the mean of view - natural over the classes where neither is clipped; the "
-        f"views they give differ from the published ones by {mean:.1f} of 255 levels on average, {255 * largest:.0f} "
-        f"at most, and explain {explained:.0%} of what the views differ from the naturals"
-    )
-    doubt = [f"less than {EXPLAINED:.0%}, so this may be no set of INFER's: try --layout folder"]
-    facts = plain.manifest.extra["import"]
-    measures = {"layout": "infer", "mean_error": mean, "largest_error": 255 * largest, "explained": explained}
-    notes = [*facts["notes"], note, *(doubt if explained < EXPLAINED else [])]
-    return replace(recovered, manifest=replace(manifest, extra={"import": facts | measures | {"notes": notes}}))

@@ -4,7 +4,7 @@
 
 infer       new000/class000_id000.jpg, JPEG of quality 75: what INFER's published scripts train on
 folder      a folder of PNG files per class, index.csv, and soft_labels.npy (logits) where the set has them
-npz         views.npz: train_images, train_labels, class_names, and soft_labels (logits)
+npz         one file: train_images, train_labels, class_names, and soft_labels (logits) where the set has them
 ddranking   images.pt, labels.pt, hard_labels.pt: what DD-Ranking's evaluators are given as tensors
 
 None of them knows compensators, so all hold views, one image each: what sharing saves is lost, and so are manifest,
@@ -20,25 +20,25 @@ import secrets
 import shutil
 import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from stillroom.artifact import encode_picture, to_pixels
-from stillroom.distilled import JPEG_QUALITY, DistilledSet
+from stillroom.artifact import encode_picture
+from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError, suggest
 from stillroom.files import sync_folder
+from stillroom.infer_files import write_infer
 from stillroom.softlabels import INDEX_FILE, SOFT_LABEL_FILE
 
 ExportLayout = Literal["infer", "folder", "npz", "ddranking"]
 
 BLOCK = 256  # views that are formed at once
 LONGEST_NAME = 80  # characters of a folder's name
+NPZ_FILE = "views.npz"  # while it is written
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)  # names that Windows keeps for itself
 
 # The constants that DD-Ranking's evaluators normalise their test images with, by our names of the datasets.
@@ -49,23 +49,22 @@ DDRANKING_CONSTANTS = {"cifar10": _CIFAR10, "cifar100": _CIFAR10, "tiny-imagenet
 
 
 def export_set(distilled: DistilledSet, to: ExportLayout, out: Path | str) -> list[str]:
-    """Write the set's views to the folder `out` in the layout `to`; return what there is to know about it.
+    """Write the set's views to `out` in the layout `to`; return what there is to know about it.
 
-    The folder is new or empty, and there whole or not at all. Raises StillroomError where it holds something, and for
-    sets that the layout cannot express.
+    `out` is a folder, new or empty, or for npz a new file; it is there whole or not at all. Raises StillroomError where
+    it holds something, and for sets that the layout cannot express.
     """
     if to not in WRITERS:
         raise StillroomError(f"--to {to!r} is no layout." + suggest(str(to), get_args(ExportLayout)))
     out = Path(out).resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StillroomError(f"export: {out} holds something already; give a new or empty folder")
+    _require_free(out, to)
     staging = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:
         staging.mkdir(parents=True)
         notes = WRITERS[to](distilled.to("cpu"), staging)
         if out.exists():
             out.rmdir()  # empty; a folder cannot be renamed onto another everywhere
-        os.replace(staging, out)
+        os.replace(staging / NPZ_FILE if to == "npz" else staging, out)
     except OSError as error:
         raise StillroomError(f"export: {out} cannot be written: {error.strerror or error}") from error
     finally:
@@ -76,42 +75,17 @@ def export_set(distilled: DistilledSet, to: ExportLayout, out: Path | str) -> li
     return notes
 
 
-def write_infer(distilled: DistilledSet, folder: Path) -> list[str]:
-    """Write ``new{class:03d}/class{class:03d}_id{id:03d}.jpg``, ``id // slots`` being 0 for naturals, then a teacher.
-
-    Pixels are cut to [0, 1], floored to 8 bits and saved at quality 75, naturals too, as the published scripts do;
-    naturals that are such files already are written as they are.
-    """
-    manifest, classes = distilled.manifest, len(distilled.manifest.class_names)
-    if not manifest.views.naturals_as_views:
-        raise StillroomError(
-            "--to infer: naturals are no views of this set, but that layout trains on them; use folder"
-        )
-    if classes > 1000:
-        raise StillroomError(f"--to infer: {classes} classes do not sort by three digits; use --to folder")
-    slots = int(distilled.slots.max()) + 1
-    places = distilled.labels * slots + distilled.slots
-    if len(places) != classes * slots or len(places.unique()) != len(places):
-        raise StillroomError(f"--to infer: not every class has one image in each of {slots} slots; use --to folder")
-    for label in range(classes):
-        (folder / f"new{label:03d}").mkdir()
-    count = len(distilled.images)
-    kept = distilled.image_files if manifest.image_encoding == "jpeg75" else None
-    # Encoded once, here, whatever the views' own encoding.
-    exact = replace(manifest, views=replace(manifest.views, view_encoding="exact"))
-    distilled = replace(distilled, manifest=exact)
-    for row, view in _each_view(distilled, torch.arange(distilled.view_count)):
-        block, image = divmod(row, count)
-        label, number = int(distilled.labels[image]), block * slots + int(distilled.slots[image])
-        path = folder / f"new{label:03d}" / f"class{label:03d}_id{number:03d}.jpg"
-        if block == 0 and kept is not None:
-            path.write_bytes(kept[image])
-        else:
-            pixels = (view.clamp(0, 1) * 255).floor().to(torch.uint8)
-            Image.fromarray(to_pixels(pixels)).save(path, "JPEG", quality=JPEG_QUALITY)
-    names = [teacher.name for teacher in manifest.teachers]
-    back = f"; to read it back: stillroom import DIR --teachers {' '.join(names)} --data.source ..." if names else ""
-    return [f"{slots} slots, blocks: {', '.join(['naturals', *names])}; soft labels: none{back}"]
+def _require_free(out: Path, to: ExportLayout) -> None:
+    """Raise StillroomError where `out` holds something already, or is no name for what the layout `to` writes."""
+    if to == "npz":
+        if out.is_dir():
+            raise StillroomError(f"export: {out} is a folder, but --to npz writes a file; give {out / NPZ_FILE}")
+        if out.suffix != ".npz":
+            raise StillroomError(f"export: {out} does not end in .npz, by which such a file is known; give {out}.npz")
+        if out.exists():
+            raise StillroomError(f"export: {out} is there already; give a new file, or move that one away")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise StillroomError(f"export: {out} holds something already; give a new or empty folder")
 
 
 def write_folder(distilled: DistilledSet, folder: Path) -> list[str]:
@@ -137,7 +111,12 @@ def write_folder(distilled: DistilledSet, folder: Path) -> list[str]:
 
 
 def write_npz(distilled: DistilledSet, folder: Path) -> list[str]:
-    """Write views.npz: images [views, 3, height, width], uint8 where that is exact, else float32 in [0, 1]."""
+    """Write the arrays by the names that real data in an npz file have, so that `import` and others read them back.
+
+    train_images [views, 3, height, width], uint8 where that is exact, else float32 in [0, 1] (beyond it only where the
+    manifest does not cut views); train_labels int64 [views]; class_names, strings [classes]; soft_labels, logits
+    float16 [views, classes], where the set has them. Views stand class by class.
+    """
     order = _class_order(distilled)
     views = torch.stack([view for _, view in _each_view(distilled, order)])
     arrays = {
@@ -147,8 +126,8 @@ def write_npz(distilled: DistilledSet, folder: Path) -> list[str]:
     }
     if distilled.soft_labels is not None:
         arrays["soft_labels"] = distilled.soft_labels[order].numpy()
-    np.savez(folder / "views.npz", **arrays)  # type: ignore[arg-type]  # its stub takes the names for its own
-    return [f"views.npz: {', '.join(f'{name} {a.dtype} {list(a.shape)}' for name, a in arrays.items())}"]
+    np.savez(folder / NPZ_FILE, **arrays)  # type: ignore[arg-type]  # its stub takes the names for its own
+    return [", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in arrays.items())]
 
 
 def write_ddranking(distilled: DistilledSet, folder: Path) -> list[str]:

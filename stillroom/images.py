@@ -198,6 +198,26 @@ def first_size(stored: Stored, rows: np.ndarray) -> tuple[int, int, int]:
     raise StillroomError(f"None of the {len(rows)} training images can be read; the last failure: {failure}")
 
 
+def common_side(stored: Stored, rows: np.ndarray) -> int | None:
+    """Side in pixels of the images at `rows` where all are squares of one size, by their headers, else None.
+
+    Images that cannot be read say nothing here.
+    """
+    sizes: set[tuple[int, int]] = set()
+    with _pillow_warnings():
+        for row in rows:
+            try:
+                with _open_image(stored.fetch(np.array([row]))[0]) as image:
+                    sizes.add(image.size)
+            except StillroomError:
+                raise
+            except Exception:  # see _decode, which counts and names it
+                continue
+            if len(sizes) > 1 or image.width != image.height:
+                return None
+    return sizes.pop()[0] if sizes else None
+
+
 def _decode(stored: Stored, rows: np.ndarray, size: int, resize: Resize) -> tuple[np.ndarray, list[tuple[int, str]]]:
     """-> uint8 [len(rows), 3, size, size], and (position, reason) of each bad image, whose pixels are 0."""
     items = stored.fetch(rows)

@@ -1,6 +1,7 @@
-"""Soft labels as others store them, read as logits: .npy, torch files, a parquet column; FKD's batches are only named.
+"""Soft labels as others store them, read as logits: .npy, an array of an npz file, torch files, a parquet column; FKD's
+batches are only named.
 
-Nothing is unpickled that could run: .npy without pickle, torch files with ``weights_only``.
+Nothing is unpickled that could run: .npy and npz without pickle, torch files with ``weights_only``.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 
 from stillroom.errors import StillroomError
+from stillroom.readers import npz_array, npz_headers
 
 INDEX_FILE, SOFT_LABEL_FILE = "index.csv", "soft_labels.npy"  # of a folder that was exported here
+SOFT_LABEL_ARRAY = "soft_labels"  # of an npz file
 SMALLEST_PROBABILITY = 1e-8  # its logarithm stands for that of 0, which no label can store
 SOFT_LABEL_COLUMNS = ("soft_label", "soft_labels", "logits", "probabilities", "probs")
 
@@ -127,6 +130,27 @@ def read_soft_label_column(
         parts.append(pc.list_flatten(cells).to_numpy().astype(np.float32).reshape(-1, classes))
     notes.append(f"soft labels from column {column!r}, {kind}")
     return to_logits(np.concatenate(parts), kind, f"column {column!r} of {files[0]}")
+
+
+def read_soft_label_array(
+    path: Path, images: int, classes: int, kind: SoftLabelKind, notes: list[str]
+) -> np.ndarray | None:
+    """Return logits float32 [images, classes] of the array `soft_labels` of an npz file; None where it has none.
+
+    Raises StillroomError for an array of another shape or type, before it is read.
+    """
+    shape, dtype = npz_headers(path).get(SOFT_LABEL_ARRAY, (None, None))
+    if shape is None or dtype is None:
+        return None
+    if shape != (images, classes) or dtype.kind != "f":
+        raise StillroomError(
+            f"import: '{SOFT_LABEL_ARRAY}' of {path} is {dtype} {list(shape)}; needed are floats [{images}, "
+            f"{classes}], a row per image"
+        )
+    with np.errstate(over="ignore"):  # what is too large is refused as not finite
+        values = npz_array(path, SOFT_LABEL_ARRAY).astype(np.float32)
+    notes.append(f"soft labels from the array '{SOFT_LABEL_ARRAY}', {kind}")
+    return to_logits(values, kind, f"'{SOFT_LABEL_ARRAY}' of {path}")
 
 
 def to_logits(values: np.ndarray, kind: SoftLabelKind, where: str) -> np.ndarray:

@@ -115,7 +115,9 @@ def show_budget(folder: Path) -> None:
         f"compression: {100 * budget.raw_ratio:.2f} % by raw bytes, {100 * budget.stored_ratio:.2f} % by stored bytes, "
         f"{100 * budget.paper_ratio:.2f} % by the paper's convention"
     )
-    print(f"classes: {', '.join(manifest.class_names[:10])}{', ...' if len(manifest.class_names) > 10 else ''}")
+    names = manifest.class_names[:10]
+    shown = map(repr, names) if any("," in name for name in names) else names  # 'tench, Tinca tinca' is one class
+    print(f"classes: {', '.join(shown)}{', ...' if len(manifest.class_names) > 10 else ''}")
     if manifest.teachers:
         print("teachers: " + ", ".join(f"{t.name} {t.show_accuracy(1)}" for t in manifest.teachers))
     kind: str = manifest.label_kind

@@ -219,6 +219,18 @@ def test_evaluate_trains_students_as_the_set_s_run_did_and_asks_where_its_images
     assert "the set was made of 'toy'; say where these images lie: --data.source PATH" in err
 
 
+def test_evaluate_finds_images_on_the_hub_by_the_name_that_the_set_has_for_them(
+    finished: Finished, tell: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # so that nothing is fetched
+    distilled = load_distilled(finished.directory / "distilled")
+    real = replace(distilled.manifest.dataset, name="owner/toy")
+    replace(distilled, manifest=replace(distilled.manifest, dataset=real)).save("set")
+    code, _, err = tell("evaluate", "set", *ON_CPU)
+    assert code == 1
+    assert "--data.source owner/toy is no existing path; to read it from the Hub, install stillroom[hub]" in err
+
+
 @pytest.mark.parametrize("place", [".", "distilled"])
 def test_evaluate_takes_data_students_and_teachers_from_the_run_whether_it_or_its_set_is_named(
     finished: Finished, own_run: Path, tell: Told, toynet: str, place: str

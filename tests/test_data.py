@@ -24,7 +24,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from stillroom.data import CIFAR100, FACTS, DataConfig, LazyImages, MemoryImages, RealData, load_real
+from stillroom.data import (
+    CIFAR100,
+    FACTS,
+    DataConfig,
+    LazyImages,
+    MemoryImages,
+    RealData,
+    fit_size,
+    hub_id,
+    load_real,
+)
 from stillroom.errors import StillroomError
 
 EVERYTHING_LAZY = 0.0
@@ -698,6 +708,41 @@ def test_a_hub_id_is_fetched_as_parquet_and_failures_say_so(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(StillroomError, match=r"install stillroom\[hub\]"):
         load("owner/pets")
+
+
+@pytest.mark.parametrize(("source", "repo"), [
+    ("owner/pets", "owner/pets"), ("hf://owner/pets", "owner/pets"), ("hf://datasets/owner/pets", "owner/pets"),
+    ("hf://here/x.npz", "here/x.npz"), ("here/x", None), ("owner/x.npz", None), ("owner/a/b", None), ("pets", None),
+    ("hf://pets", None), ("hf://../pets", None), ("https://owner/pets", None),
+])  # fmt: skip
+def test_a_hub_id_is_told_from_a_path(tmp_path, monkeypatch, source, repo):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert hub_id(source) == repo
+
+
+def test_only_squares_of_one_other_size_are_fitted_to_a_size_unasked(tmp_path):
+    write = iter(range(9))
+
+    def fitted(*sizes: tuple[int, int], side: int = 4, **settings: Any) -> tuple[int | None, str]:
+        root = tmp_path / str(next(write))
+        for number, size in enumerate(sizes):
+            for name in "ab":
+                (root / "train" / name).mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", size).save(root / "train" / name / f"{number}.png")
+        (root / "train" / "a" / "0.txt").write_text("no image, which says nothing")
+        config = fit_size(DataConfig(str(root), **settings), side)
+        return config.image_size, config.resize
+
+    assert fitted((8, 8), (8, 8)) == (4, "crop")
+    assert fitted((8, 8), (8, 8), side=8) == (8, "refuse")
+    assert fitted((8, 8), (9, 9)) == (4, "refuse")
+    assert fitted((8, 6)) == (4, "refuse")
+    assert fitted((8, 8), resize="squash") == (4, "squash")
+    assert fit_size(DataConfig("digits"), 16) == DataConfig("digits", image_size=16, resize="crop")
+    assert fit_size(DataConfig("cifar10", root="nowhere"), 32).resize == "refuse"  # known without a look
+    with pytest.raises(StillroomError, match="nowhere is no existing path"):
+        fit_size(DataConfig("nowhere"), 32)
 
 
 # npz

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,11 +21,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TOY_CLASSES, TOY_COLOURS, TOY_SIZE, build_toy_teacher, write_toy_npz
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from stillroom import cli
+from stillroom.classnames import match_classes
 from stillroom.compute import Plan
-from stillroom.data import RealData
+from stillroom.data import DataConfig, RealData, load_real
 from stillroom.distilled import (
     DistilledSet,
     dequantize_compensators,
@@ -30,14 +36,15 @@ from stillroom.distilled import (
     quantize_compensators,
 )
 from stillroom.errors import StillroomError
-from stillroom.exchange import ImportConfig, estimate_compensator, import_set, match_classes
+from stillroom.exchange import ImportConfig, import_set
 from stillroom.export import DDRANKING_CONSTANTS, export_set
+from stillroom.infer_files import estimate_compensator
 from stillroom.manifest import TeacherFacts
 from stillroom.methods import infer
 from stillroom.methods.infer import InferConfig, load_naturals
 from stillroom.methods.select import RandomConfig, distill_random
 from stillroom.run import Run
-from stillroom.students import StudentConfig, evaluate
+from stillroom.students import StudentConfig, check_matches, evaluate
 from stillroom.train import TrainConfig
 
 SIDE, SLOTS = 32, 3
@@ -460,23 +467,318 @@ def test_parquet_columns_are_read_in_the_order_of_their_own_classes(toy: RealDat
         import_set(path, toy)
 
 
+def test_parquet_whose_class_names_cannot_be_all_or_are_twice_the_same_is_refused(
+    toy: RealData, tmp_path: Path
+) -> None:
+    soft, three = np.full((6, 3), 0.5), ["north east", "north west", "süd/ost"]
+    path = write_hub(tmp_path / "hub" / "train-0.parquet", [0, 1, 2, 0, 1, 2], three, soft, "logits")
+    with pytest.raises(StillroomError, match=r"no images of 1 of 4 classes, such as \['south west'\]"):
+        import_set(path, toy)
+    write_hub(path, [0, 1, 2, 0, 1, 2], ["north east", "süd/ost", "north east"], soft, "logits")
+    with pytest.raises(StillroomError, match=r"class names \['north east'\] more than once"):
+        import_set(path, toy)
+    (tmp_path / "hub" / "b").mkdir()
+    path.rename(tmp_path / "hub" / "b" / "train-0.parquet")
+    write_hub(tmp_path / "hub" / "a" / "train-0.parquet", [0], three, soft[:1], "logits")
+    with pytest.raises(StillroomError, match=r"holds several datasets; pass one of \['[^']*/a', '[^']*/b'\]\."):
+        import_set(tmp_path / "hub", toy)
+
+
+@pytest.mark.parametrize("source", ["owner/toy", "hf://owner/toy", "hf://datasets/owner/toy"])
+def test_a_set_on_the_hub_is_fetched_by_its_id_and_read_as_parquet(
+    toy: RealData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    labels = [0, 1, 2, 3, 0, 1, 2, 3]
+    soft = np.full((8, 4), 0.1)
+    soft[np.arange(8), labels] = 0.7
+    snapshot = tmp_path / "snapshots" / "4f2c"
+    snapshot.mkdir(parents=True)
+    write_hub(snapshot / "data" / "train-0.parquet", labels, None, soft, "soft_label")
+    asked = []
+
+    def snapshot_download(repo: str, repo_type: str, allow_patterns: list[str]) -> str:
+        asked.append((repo, repo_type, allow_patterns))
+        return str(snapshot)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot_download))
+    back = import_set(source, toy, ImportConfig(soft_label_kind="probabilities"))
+    assert asked == [("owner/toy", "dataset", ["*.parquet", "manifest.json"])]
+    assert back.labels.tolist() == labels
+    assert np.allclose(back.soft_labels.float().softmax(1).numpy(), soft, atol=1e-3)
+    assert (back.manifest.extra["import"]["source"], back.manifest.extra["import"]["layout"]) == (source, "hub")
+    assert "from the Hub, as it is at 4f2c" in notes_of(back)
+    (snapshot / "manifest.json").write_text("{}")
+    with pytest.raises(StillroomError, match="of this artifact already; load_distilled reads it, downloaded whole"):
+        import_set(source, toy)
+    (snapshot / "manifest.json").unlink()
+    (snapshot / "data" / "train-0.parquet").unlink()
+    with pytest.raises(StillroomError, match=f"{source} has no parquet files on the Hub; download it"):
+        import_set(source, toy)
+    asked.clear()
+    with pytest.raises(StillroomError, match=r"--soft-labels x\.npy is for class folders, but .* is read as hub"):
+        import_set(source, toy, ImportConfig(soft_labels="x.npy"))
+    with pytest.raises(StillroomError, match=f"--layout infer reads what lies here; download {source}"):
+        import_set(source, toy, ImportConfig(layout="infer"))
+    assert not asked
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(StillroomError, match=rf"import: {source} is no existing path; .*install stillroom\[hub\]"):
+        import_set(source, toy)
+
+
+# -- arrays --------------------------------------------------------------------------------------------------------
+
+
+def test_arrays_come_back_as_they_were_exported(
+    plain: DistilledSet, toy: RealData, smooth: DistilledSet, large: RealData, tmp_path: Path
+) -> None:
+    export_set(plain, "npz", tmp_path / "plain.npz")
+    back, order = import_set(tmp_path / "plain.npz", toy), plain.labels.argsort(stable=True)
+    for name in ("images", "labels", "soft_labels"):
+        assert torch.equal(getattr(back, name), getattr(plain, name)[order]), name
+    assert back.slots.tolist() == [0, 1, 2] * 4
+    assert (back.manifest.extra["import"]["layout"], back.manifest.label_kind) == ("npz", "static")
+    assert "rounded" not in notes_of(back)
+    export_set(back, "npz", tmp_path / "again.npz")
+    with np.load(tmp_path / "plain.npz") as one, np.load(tmp_path / "again.npz") as two:
+        assert all(np.array_equal(one[name], two[name]) for name in one.files)
+    export_set(smooth, "npz", tmp_path / "views.npz")  # floats, whose compensators are no more
+    views = import_set(tmp_path / "views.npz", large)
+    assert (len(views.images), views.compensators, views.manifest.label_kind) == (60, None, "hard")
+    exact = smooth.form_views(smooth.labels[smooth.view_table()[:, 0]].argsort(stable=True))
+    assert (views.images / 255 - exact).abs().max() <= 0.5 / 255 + 1e-6
+    assert "pixels of float32 rounded to 8 bits" in notes_of(views)
+
+
+FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@FEW
+@given(
+    kind=st.sampled_from([np.uint8, np.float16, np.float32, np.float64]),
+    axes=st.sampled_from(["channels last", "channels first", "gray"]),
+    theirs=st.one_of(st.none(), st.permutations(range(TOY_CLASSES))),
+    soft=st.sampled_from(["none", "logits", "probabilities"]),
+    counts=st.lists(st.integers(1, 3), min_size=TOY_CLASSES, max_size=TOY_CLASSES),
+    seed=st.integers(0, 99),
+)
+def test_any_arrays_of_a_set_are_read_as_their_levels_classes_and_labels(
+    toy: RealData,
+    tmp_path: Path,
+    kind: Any,
+    axes: str,
+    theirs: list[int] | None,
+    soft: str,
+    counts: list[int],
+    seed: int,
+) -> None:
+    """`theirs`: our label of each of their classes, or no names at all, where labels are ours."""
+    generator = np.random.default_rng(seed)
+    labels = generator.permutation(np.arange(TOY_CLASSES).repeat(counts))
+    levels = generator.integers(0, 256, (len(labels), TOY_SIZE, TOY_SIZE, 1 if axes == "gray" else 3))
+    stored = levels.astype(np.uint8)
+    if kind is not np.uint8:  # anywhere nearer to this level than to another
+        stored = ((levels + generator.uniform(-0.4, 0.4, levels.shape)) / 255).clip(0, 1).astype(kind)
+    stored = {"gray": stored[..., 0], "channels first": stored.transpose(0, 3, 1, 2)}.get(axes, stored)
+    arrays = {"train_images": stored, "train_labels": labels.astype(np.int16)}
+    ours = np.array(theirs or range(TOY_CLASSES))
+    if theirs is not None:
+        arrays["class_names"] = np.array(toy.class_names)[ours]
+    logits = generator.normal(0, 3, (len(labels), TOY_CLASSES))
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    if soft != "none":
+        arrays["soft_labels"] = logits if soft == "logits" else probabilities
+    np.savez(tmp_path / "set.npz", **arrays)
+    config = ImportConfig(soft_label_kind="probabilities" if soft == "probabilities" else "logits")
+    back = import_set(tmp_path / "set.npz", toy, config)
+    assert torch.equal(back.images, torch.from_numpy(levels.transpose(0, 3, 1, 2).copy()).expand(-1, 3, -1, -1))
+    assert back.labels.tolist() == ours[labels].tolist()
+    for label in range(TOY_CLASSES):
+        assert back.slots[back.labels == label].tolist() == list(range((ours[labels] == label).sum()))
+    if soft == "none":
+        assert back.soft_labels is None
+    else:
+        read = back.soft_labels.float().softmax(1).numpy()
+        assert np.allclose(read[:, ours], probabilities, atol=2e-3)
+
+
+def arrays(shapes: list[tuple[int, ...]], kinds: list[Any]) -> st.SearchStrategy[np.ndarray]:
+    """Arrays of 0 ... 3, over and over; the first shape and kind are the likeliest."""
+    kind, shape = st.sampled_from([*kinds[:1] * 4, *kinds]), st.sampled_from([*shapes[:1] * 4, *shapes])
+    return st.builds(lambda k, s: (np.arange(math.prod(s)).reshape(s) % 4).astype(k), kind, shape)
+
+
+@settings(FEW, max_examples=100)
+@given(
+    st.fixed_dictionaries(
+        {
+            "train_images": arrays(
+                [(8, 8, 8, 3), (8, 3, 8, 8), (8, 9, 9, 3), (0, 8, 8, 3), (8,)], [np.uint8, "f4", "O"]
+            ),
+            "train_labels": arrays([(8,), (8, 1), (7,), (8, 4)], [np.int64, np.uint64, "f8", bool, "U3"]),
+        },
+        optional={
+            "class_names": arrays([(4,), (3,), (4, 1)], ["U3", "S3", np.int64]),
+            "soft_labels": arrays([(8, 4), (8, 3), (32,)], ["f4", "f2", np.int64, "U3", "O"]),
+        },
+    )
+)
+def test_any_npz_is_a_set_or_is_refused(toy: RealData, tmp_path: Path, content: dict[str, np.ndarray]) -> None:
+    np.savez(tmp_path / "set.npz", **content)
+    try:
+        back = import_set(tmp_path / "set.npz", toy)
+    except StillroomError:
+        return
+    assert back.images.shape == (8, 3, TOY_SIZE, TOY_SIZE)
+    assert (back.soft_labels is None) == ("soft_labels" not in content)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_images": None}, r"no array 'train_images', only .*; needed are train_images and train_labels\."),
+        (
+            {"train_images": np.full((8, 8, 8, 3), 1.1)},
+            r"floats from 1\.1 to 1\.1, but .* in \[0, 1\]\. Undo .*by 255 if",
+        ),
+        ({"train_images": np.full((8, 8, 8, 3), np.nan)}, "floats from nan to nan"),
+        ({"train_images": np.full((8, 8, 8, 3), 1e300)}, r"floats from 1e\+300"),
+        (
+            {"train_images": np.zeros((8, 8, 8, 3), np.int32)},
+            r"is int32, but images must be uint8, .* or floats in \[0",
+        ),
+        ({"train_images": np.zeros((8, 9, 9, 3), np.uint8)}, r"9 x 9 pixels, but 8 x 8 are those of the real data"),
+        ({"train_labels": np.array([0, 1, 2, 3, 0, 1, 2, 4])}, r"the label 4, but 'toy' has labels 0 \.\.\. 3"),
+        (
+            {"train_labels": np.arange(8) % 4, "class_names": np.array(["north west", "north east"])},
+            r"the label 2, but its class names have labels 0 \.\.\. 1",
+        ),
+        ({"train_labels": np.arange(8) % 3}, r"no images of 1 of 4 classes, such as \['süd/ost'\]"),
+        ({"class_names": np.array(["a", "b", "c", "d"])}, "are no classes of 'toy'.*--class-order FILE"),
+        ({"soft_labels": np.zeros((8, 3))}, r"'soft_labels' of .* is float64 \[8, 3\]; needed are floats \[8, 4\]"),
+        ({"soft_labels": np.zeros((8, 4), np.int64)}, "is int64"),
+        ({"soft_labels": np.full((8, 4), np.inf)}, "are not all finite"),
+        ({"soft_labels": np.full((8, 4), 0.25)}, "sum to one; pass --soft-label-kind probabilities"),
+    ],
+)
+def test_arrays_that_are_no_set_are_refused_by_name(
+    toy: RealData, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    arrays = {"train_images": np.zeros((8, 8, 8, 3), np.uint8), "train_labels": np.arange(8) % 4} | changes
+    np.savez(tmp_path / "set.npz", **{name: array for name, array in arrays.items() if array is not None})
+    with pytest.raises(StillroomError, match=f"import: .*{message}"):
+        import_set(tmp_path / "set.npz", toy)
+
+
+def test_a_file_or_a_setting_of_another_layout_is_refused(toy: RealData, tmp_path: Path) -> None:
+    np.savez(tmp_path / "set.npz", train_images=np.zeros((8, 8, 8, 3), np.uint8), train_labels=np.arange(8) % 4)
+    (tmp_path / "set.zip").write_bytes(b"x")
+    with pytest.raises(StillroomError, match=r"set\.zip is neither \.npz nor \.parquet, nor a folder; unpack it"):
+        import_set(tmp_path / "set.zip", toy)
+    with pytest.raises(StillroomError, match="is a folder; --layout npz reads a file"):
+        import_set(tmp_path, toy, ImportConfig(layout="npz"))
+    with pytest.raises(StillroomError, match=r"no class folders and no parquet files; give .*set\.npz"):
+        import_set(tmp_path, toy)
+    with pytest.raises(StillroomError, match=r"set\.npz is a file; --layout infer reads a folder"):
+        import_set(tmp_path / "set.npz", toy, ImportConfig(layout="infer"))
+    with pytest.raises(
+        StillroomError, match=r"--label-column kind is for parquet, but .*set\.npz is read as npz; leave"
+    ):
+        import_set(tmp_path / "set.npz", toy, ImportConfig(label_column="kind"))
+    root = write_folder(tmp_path / "set", ("0", "1", "2", "3"))
+    with pytest.raises(StillroomError, match=r"--soft-label-column x is for parquet, but .* is read as folder; leave"):
+        import_set(root, toy, ImportConfig(soft_label_column="x"))
+
+
+# -- the size of the set ---------------------------------------------------------------------------------------------
+
+
+def write_real_folder(root: Path, sizes: list[tuple[int, int]]) -> Path:
+    """Real images in class folders, one of each size (width, height) for either split of each class."""
+    for split in ("train", "test"):
+        for position, name in enumerate(("red", "green", "blue", "white")):
+            (root / split / name).mkdir(parents=True)
+            for number, size in enumerate(sizes):
+                Image.new("RGB", size, (50 * position, 9, 9)).save(root / split / name / f"{number}.png")
+    return root
+
+
+def test_real_data_are_read_at_the_size_of_the_set_unasked(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "set", ("red", "green", "blue", "white"))
+    source = str(write_real_folder(tmp_path / "squares", [(16, 16), (16, 16)]))
+    back = import_set(root, DataConfig(source))
+    assert (back.manifest.image_size, back.manifest.dataset.resize) == ((8, 8), "crop")
+    assert "real images are squares of another size, and are resized to the set's 8 x 8" in notes_of(back)
+    check_matches(back, load_real(DataConfig(source, image_size=8, resize="crop")))  # as evaluate reads them then
+    same = import_set(root, DataConfig(str(write_real_folder(tmp_path / "same", [(8, 8)]))))
+    assert (same.manifest.image_size, same.manifest.dataset.resize) == ((8, 8), "refuse")
+    assert "resized" not in notes_of(same)
+    squashed = import_set(root, DataConfig(source, image_size=8, resize="squash"))
+    assert squashed.manifest.dataset.resize == "squash"
+
+
+def test_real_images_that_are_no_squares_need_only_be_told_how_they_become_some(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "set", ("red", "green", "blue", "white"))
+    for name, sizes in (("wide", [(16, 12)]), ("mixed", [(16, 16), (16, 12)])):
+        source = str(write_real_folder(tmp_path / name, sizes))
+        with pytest.raises(StillroomError, match=r"not 8x8\. Pass --data\.resize crop or --data\.resize squash\.$"):
+            import_set(root, DataConfig(source))
+        assert import_set(root, DataConfig(source, resize="crop")).manifest.image_size == (8, 8)
+
+
+def test_a_size_that_cannot_be_is_refused_before_real_data_are_read(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "set", ("red", "green", "blue", "white"))
+    with pytest.raises(StillroomError, match=r"images of 8 x 8 pixels, but --data\.image-size is 16; leave it out"):
+        import_set(root, DataConfig("nowhere", image_size=16))
+    arrays = {"train_images": np.zeros((8, 8, 12, 3), np.uint8), "train_labels": np.arange(8) % 4}
+    np.savez(tmp_path / "wide.npz", **arrays)
+    with pytest.raises(StillroomError, match=r"wide\.npz has images of 12 x 8 pixels, but sets hold squares; cut or"):
+        import_set(tmp_path / "wide.npz", DataConfig("nowhere"))
+    for folder in root.iterdir():
+        for path in folder.iterdir():
+            path.unlink()
+    with pytest.raises(StillroomError, match="set holds no images; fetch the set again"):
+        import_set(root, DataConfig("nowhere"))
+
+
 # -- the other layouts -----------------------------------------------------------------------------------------------
 
 
 def test_arrays_hold_every_view_class_by_class(smooth: DistilledSet, plain: DistilledSet, tmp_path: Path) -> None:
-    export_set(smooth, "npz", tmp_path / "smooth")
-    with np.load(tmp_path / "smooth" / "views.npz") as arrays:
+    export_set(smooth, "npz", tmp_path / "smooth.npz")
+    with np.load(tmp_path / "smooth.npz") as arrays:
         views, labels = arrays["train_images"], arrays["train_labels"]
         assert (views.dtype, views.shape) == (np.float32, (60, 3, SIDE, SIDE))
         assert labels.tolist() == [label for label in range(4) for _ in range(15)]
         own = smooth.labels[smooth.view_table()[:, 0]] == 2
         assert np.array_equal(views[labels == 2], smooth.form_views(own.nonzero().flatten()).numpy())
-    export_set(plain, "npz", tmp_path / "plain")
-    with np.load(tmp_path / "plain" / "views.npz") as arrays:
+    notes = export_set(plain, "npz", tmp_path / "deep" / "plain.npz")
+    assert "train_images uint8 [12, 3, 8, 8], train_labels int64 [12], class_names" in notes[0]
+    assert os.listdir(tmp_path / "deep") == ["plain.npz"]
+    with np.load(tmp_path / "deep" / "plain.npz") as arrays:
         order = plain.labels.argsort(stable=True)
         assert np.array_equal(arrays["train_images"], plain.images[order].numpy())
         assert np.array_equal(arrays["soft_labels"], plain.soft_labels[order].numpy())
         assert arrays["class_names"].tolist() == list(plain.manifest.class_names)
+
+
+def test_arrays_are_one_new_file_whose_name_says_what_it_is(
+    plain: DistilledSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "mine.npz").write_bytes(b"x")
+    for name, message in (
+        ("folder.npz", r"is a folder, but --to npz writes a file; give .*folder\.npz/views\.npz"),
+        ("mine.npz", "is there already; give a new file"),
+        ("mine", r"does not end in \.npz, .*; give .*/mine\.npz"),
+    ):
+        with pytest.raises(StillroomError, match=message):
+            export_set(plain, "npz", tmp_path / name)
+    assert (tmp_path / "mine.npz").read_bytes() == b"x"
+    monkeypatch.setattr(np, "savez", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(StillroomError, match="cannot be written: No space left"):
+        export_set(plain, "npz", tmp_path / "full.npz")
+    assert sorted(os.listdir(tmp_path)) == ["folder.npz", "mine.npz"]
 
 
 def test_ranking_tensors_are_normalised_as_the_evaluator_normalises_and_stand_class_by_class(
@@ -613,7 +915,12 @@ def test_the_command_line_imports_and_exports(tmp_path: Path, capsys: pytest.Cap
     assert cli.main(["verify", str(tmp_path / "ours")]) == 0
     assert cli.main(["export", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "infer"]) == 0
     assert len(list((tmp_path / "theirs").glob("new00?/class00?_id00?.jpg"))) == 8
-    assert cli.main(["export", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "npz"]) == 1
+    again = str(tmp_path / "theirs.npz")
+    assert cli.main(["export", str(tmp_path / "ours"), again, "--to", "npz"]) == 0
+    assert cli.main(["import", again, "--data.source", str(source), "--out", str(tmp_path / "back")]) == 0
+    assert "read as npz" in capsys.readouterr().out
+    assert sorted(positions_of(load_distilled(tmp_path / "back"))) == [0, 1, 2, 3]
+    assert cli.main(["export", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "folder"]) == 1
     assert "holds something already" in capsys.readouterr().err
 
 

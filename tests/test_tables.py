@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import Finished, build_toy_teacher
 
 from stillroom.data import RealData
+from stillroom.distilled import load_distilled
 from stillroom.students import Evaluation, StudentConfig
-from stillroom.tables import show_evaluation, show_results, show_teachers
+from stillroom.tables import show_budget, show_evaluation, show_results, show_teachers
 
 
 def columns(out: str, *names: str) -> list[tuple[str, ...]]:
@@ -67,3 +69,19 @@ def test_names_with_brackets_and_colons_are_shown_as_they_are(
     results["dataset"]["name"] = "my [bold]:apple: photos"
     show_results(results)
     assert "my [bold]:apple: photos" in capsys.readouterr().out
+
+
+def test_class_names_with_commas_are_told_apart_by_quotes(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distilled = load_distilled(finished.directory / "distilled")
+    names = ("tench, Tinca tinca", "cock", "hen's egg, brown", "ostrich")
+    quoted = """'tench, Tinca tinca', 'cock', "hen's egg, brown", 'ostrich'"""
+    for own, expected in (
+        (names, quoted),
+        (("tench", "cock", "hen's egg", "ostrich"), "tench, cock, hen's egg, ostrich"),
+    ):
+        replace(distilled, manifest=replace(distilled.manifest, class_names=own)).save(tmp_path / "set")
+        show_budget(tmp_path / "set")
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("classes: "))
+        assert line == f"classes: {expected}"
