@@ -22,7 +22,7 @@ from stillroom.distilled import load_distilled, verify_distilled
 from stillroom.errors import StillroomError, TimeLimitReached
 from stillroom.estimate import estimate_recipe
 from stillroom.manifest import read_manifest
-from stillroom.methods import infer
+from stillroom.methods import METHODS, infer
 from stillroom.methods.select import RandomConfig, distill_random
 from stillroom.networks import NETWORKS, build_network
 from stillroom.pipeline import build_cells, is_preset, run_recipe
@@ -225,6 +225,16 @@ def test_random_images_with_hard_labels_need_no_teacher_and_train_none(
     assert "teachers, top-1: none" in capsys.readouterr().out
     assert [stage.name for stage in estimate_recipe(bare)[0]] == ["images", "students, hard"]
     assert load_distilled(tmp_path / "run" / "distilled").manifest.teachers == ()
+
+
+def test_teachers_are_needed_by_the_method_or_by_the_labels(
+    toy_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(toy_recipe, method="herding", labels=("hard",))
+    assert recipe.needs_teachers
+    monkeypatch.setitem(METHODS, "herding", replace(METHODS["herding"], needs_teachers=False))
+    assert not recipe.needs_teachers
+    assert replace(recipe, labels=("hard", "static")).needs_teachers
 
 
 @pytest.mark.parametrize("name", RECIPES)
