@@ -126,8 +126,10 @@ def _distill_stages(recipe: Recipe, real: RealData, plan: Plan) -> list[Stage]:
         stages = _compensator_stages(recipe, real, plan)
     elif recipe.method in ("sre2l", "cda", "gvbsm"):
         stages = _pixel_stages(recipe, real, plan)
-    elif recipe.method != "random":
+    elif recipe.method in ("rded", "herding", "k_center"):
         stages = [_score_stage(recipe, real, plan)]
+    elif recipe.method != "random":
+        stages = [Stage(recipe.method, "not timed, not counted", 0.0, 0, 0)]
     stages.append(Stage("images", f"{content.images:,} images", 0.0, 0, content.images * pixels))
     if "static" in recipe.labels:
         kept = content.views * real.classes * LABEL_BYTES

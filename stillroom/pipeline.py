@@ -26,6 +26,7 @@ from stillroom.labels import PoolConfig, attach_labels
 from stillroom.logits import count_logit_bytes
 from stillroom.manifest import library_versions
 from stillroom.methods import METHODS
+from stillroom.methods.select import Content
 from stillroom.networks import build_network
 from stillroom.protocols import name_protocol
 from stillroom.recipes import EXPECTED, RECIPES, Recipe
@@ -137,6 +138,7 @@ def distill_recipe(recipe: Recipe, run: Run, real: RealData, teachers: list[Teac
                 ) from error
     distill = METHODS[recipe.method].distill
     distilled = distill(real, teachers, recipe.ipc, recipe.method_config, recipe.distill_seed, plan, run)
+    check_made(recipe, real, teachers, distilled)
     distilled = distilled.with_image_encoding(recipe.image_encoding)
     kind = next((k for k in recipe.labels if k == "static"), recipe.labels[0])
     unit, train = f"labels-{recipe.method}", recipe.student.train
@@ -148,6 +150,19 @@ def distill_recipe(recipe: Recipe, run: Run, real: RealData, teachers: list[Teac
         run.finish_unit("distilled", {"files": files, "teachers": hashes})
         distilled = load_distilled(folder)  # students train on what is stored
     return distilled
+
+
+def check_made(recipe: Recipe, real: RealData, teachers: list[Teacher], made: DistilledSet) -> None:
+    """Raise StillroomError for a set that is not what its method says it makes, by which budgets are matched."""
+    codes = None if made.compensators is None else made.compensators.codes
+    compensators, bits = (0, 0) if codes is None else (codes.shape[0] * codes.shape[1], 8 * codes.element_size())
+    held = Content(len(made.images), compensators, bits, made.view_count)
+    said = METHODS[recipe.method].content(real, len(teachers), recipe.ipc, recipe.method_config)
+    if made.manifest.method != recipe.method or held != said:
+        raise StillroomError(
+            f"the method {recipe.method!r} made a set of {made.manifest.method!r} that holds {held}, but by its "
+            f"content in METHODS it holds {said}; mend the one or the other"
+        )
 
 
 def labellers(recipe: Recipe, teachers: list[Teacher]) -> list[Teacher]:

@@ -75,7 +75,7 @@ class Recipe:
     @property
     def needs_teachers(self) -> bool:
         """Whether anything is made or labelled by teachers: random images with hard labels are not."""
-        return self.method != "random" or set(self.labels) != {"hard"}
+        return METHODS[self.method].needs_teachers or set(self.labels) != {"hard"}
 
     @property
     def method_config(self) -> Any:

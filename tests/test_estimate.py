@@ -9,6 +9,7 @@ import pytest
 
 from stillroom import estimate
 from stillroom.estimate import estimate_recipe
+from stillroom.methods import METHODS
 from stillroom.methods.gvbsm import GvbsmConfig
 from stillroom.methods.sre2l import Sre2lConfig
 from stillroom.pipeline import run_recipe
@@ -48,3 +49,13 @@ def test_the_recovery_of_pixels_is_timed(toy_recipe: Recipe, method: str, stages
     assert [stage.name for stage in found[1:]] == [*stages, "images", "static labels"]
     assert all(stage.seconds > 0 for stage in found[1:-2])
     assert found[-3].memory > 0
+
+
+def test_a_method_whose_work_is_not_known_here_is_said_not_to_be_timed(
+    toy_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "herding of my own", METHODS["herding"])
+    mine: Any = "herding of my own"
+    found, _ = estimate_recipe(replace(toy_recipe, method=mine, labels=("static",)), "set")
+    assert [(stage.name, stage.work) for stage in found[1:2]] == [(mine, "not timed, not counted")]
+    assert [stage.name for stage in found[2:]] == ["images", "static labels"]

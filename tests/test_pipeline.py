@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from stillroom import files, pipeline, students, teachers
 from stillroom import run as run_module
 from stillroom.compute import Plan, resolve_plan
 from stillroom.data import FACTS, DataConfig, RealData, load_real
-from stillroom.distilled import load_distilled, verify_distilled
+from stillroom.distilled import DistilledSet, load_distilled, verify_distilled
 from stillroom.errors import StillroomError, TimeLimitReached
 from stillroom.estimate import estimate_recipe
 from stillroom.manifest import read_manifest
-from stillroom.methods import infer
+from stillroom.methods import METHODS, infer
 from stillroom.methods.select import RandomConfig, distill_random
 from stillroom.networks import NETWORKS, build_network
 from stillroom.pipeline import build_cells, is_preset, run_recipe
@@ -225,6 +226,40 @@ def test_random_images_with_hard_labels_need_no_teacher_and_train_none(
     assert "teachers, top-1: none" in capsys.readouterr().out
     assert [stage.name for stage in estimate_recipe(bare)[0]] == ["images", "students, hard"]
     assert load_distilled(tmp_path / "run" / "distilled").manifest.teachers == ()
+
+
+def test_teachers_are_needed_by_the_method_or_by_the_labels(
+    toy_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(toy_recipe, method="herding", labels=("hard",))
+    assert recipe.needs_teachers
+    monkeypatch.setitem(METHODS, "herding", replace(METHODS["herding"], needs_teachers=False))
+    assert not recipe.needs_teachers
+    assert replace(recipe, labels=("hard", "static")).needs_teachers
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda made: made, None),
+        (
+            lambda made: replace(made, images=made.images[:4], labels=made.labels[:4], slots=made.slots[:4]),
+            r"'herding' made a set .*images=4, .*content in METHODS it holds .*images=16, .*; mend",
+        ),
+        (lambda made: replace(made, manifest=replace(made.manifest, method="rded")), "made a set of 'rded' that holds"),
+    ],
+)
+def test_a_method_that_makes_another_set_than_it_says_is_refused(
+    toy_recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[DistilledSet], DistilledSet],
+    message: str | None,
+) -> None:
+    row = METHODS["herding"]
+    monkeypatch.setitem(METHODS, "herding", replace(row, distill=lambda *given: change(row.distill(*given))))
+    recipe = replace(toy_recipe, method="herding", labels=("static",), seeds=(0,), controls=False)
+    with pytest.raises(StillroomError, match=message) if message else contextlib.nullcontext():
+        run_recipe(recipe, Run())
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -206,3 +206,10 @@ def test_other_durations_are_refused_in_words(text: str) -> None:
 
 def test_the_choice_of_method_names_every_method_that_there_is() -> None:
     assert get_args(MethodName) == tuple(METHODS)
+
+
+def test_every_method_with_settings_has_its_section_of_a_recipe() -> None:
+    """Without it a method would run, by its defaults, and nothing could change them."""
+    sections = {section.name: section.default_factory for section in fields(Recipe)}
+    with_settings = {name: method.config for name, method in METHODS.items() if fields(method.config)}
+    assert {name: sections.get(name) for name in with_settings} == with_settings

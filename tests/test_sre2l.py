@@ -122,6 +122,8 @@ def test_images_are_ipc_of_each_class_slot_by_slot_and_reach_a_lower_loss(
 
 def test_pixels_never_leave_the_valid_range_and_are_rounded(toy: RealData, plan: Plan, tmp_path: Path) -> None:
     assert to_bytes(torch.tensor([-0.1, 0.0, 0.4999 / 255, 0.5001 / 255, 1.0, 1.2])).tolist() == [0, 0, 0, 1, 255, 255]
+    with pytest.raises(StillroomError, match="recovered pixels are not finite"):
+        to_bytes(torch.tensor([0.5, torch.nan]))
     ends: list[torch.Tensor] = []
     original = pixels.descend
 

@@ -18,13 +18,15 @@ class Method:
     config: its settings, a dataclass. distill(real, teachers, ipc, config, seed, plan, run) returns the DistilledSet,
     without labels. check(real, networks by name, ipc, config) returns how many real images per class it takes, and
     raises StillroomError for what it cannot do with these networks (weights do not matter), before any work is spent.
-    content(real, teachers, ipc, config) returns what the set will hold.
+    content(real, teachers, ipc, config) returns what the set will hold. needs_teachers: whether it is made by teachers;
+    for one that is not, none are trained where none label.
     """
 
     config: type[Any]
     distill: Callable[..., DistilledSet]
     check: Callable[..., int]
     content: Callable[..., Content] = whole_images
+    needs_teachers: bool = True
 
 
 MethodName = Literal["infer", "sre2l", "cda", "gvbsm", "rded", "herding", "k_center", "random"]
@@ -37,5 +39,5 @@ METHODS: dict[str, Method] = {
     "rded": Method(rded.RdedConfig, rded.distill, rded.check),
     "herding": Method(coreset.HerdingConfig, coreset.distill_herding, coreset.check_herding),
     "k_center": Method(coreset.KCenterConfig, coreset.distill_k_center, coreset.check_k_center),
-    "random": Method(select.RandomConfig, select.distill_random, select.check_random),
+    "random": Method(select.RandomConfig, select.distill_random, select.check_random, needs_teachers=False),
 }

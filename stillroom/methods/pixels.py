@@ -17,6 +17,7 @@ from torch import Tensor
 from stillroom.compute import Plan, build_generator
 from stillroom.data import RealData
 from stillroom.distilled import DistilledSet
+from stillroom.errors import StillroomError
 from stillroom.files import sha256_bytes
 from stillroom.manifest import ViewSettings
 from stillroom.methods.recover import Descent, Terms, descend, make_once
@@ -113,5 +114,10 @@ def recover_images(
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
-    """Return uint8 of pixels in [0, 1], rounded to the nearest."""
+    """Return uint8 of pixels, cut to [0, 1] and rounded. Raises StillroomError where one is not finite."""
+    if not pixels.isfinite().all():  # NaN would quietly be black
+        raise StillroomError(
+            "recovered pixels are not finite; lower the learning rate or use --compute.precision float32, with a new "
+            "--out"
+        )
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
