@@ -45,6 +45,7 @@ from stillroom.train import (
 GUESSING = 0.02
 
 TEACHER_FORMAT = 1  # changes when training changes in a way that the settings do not show
+STUDENT_SETTINGS = ("cosine_slowdown", "shuffle_patches")  # of training, which all teachers leave as they are
 
 # The recipe that the field trains CIFAR teachers with (SRe2L, INFER): ResNet-18 reaches 78.7 % on CIFAR-100.
 FIELD = TrainConfig(epochs=200, batch_size=128, optimizer="sgd", learning_rate=0.1, weight_decay=5e-4)
@@ -170,7 +171,8 @@ def teacher_key(name: str, real: RealData, config: TeachersConfig, plan: Plan) -
         "mean": real.mean,
         "std": real.std,
         "flip": real.flip,
-        "train": asdict(config.train),
+        # Without what came later and no teacher has: one that was trained before would be trained again.
+        "train": {k: v for k, v in asdict(config.train).items() if k not in STUDENT_SETTINGS},
         "steps": config.steps_for(len(real.train)),
         "seed": config.seed,
         # not which of several cards: `processor` names the kind
