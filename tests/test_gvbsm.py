@@ -13,8 +13,9 @@ from conftest import TOY_CLASSES, ToyNet, build_toy_teacher, stopping_again_and_
 from test_infer import numpy_forward, numpy_label_loss
 from torch import nn
 
+from stillroom.augment import draw_crops
 from stillroom.compute import Plan, build_generator
-from stillroom.data import RealData
+from stillroom.data import MemoryImages, RealData
 from stillroom.errors import StillroomError
 from stillroom.methods import gvbsm
 from stillroom.methods.gvbsm import (
@@ -30,7 +31,6 @@ from stillroom.methods.gvbsm import (
 )
 from stillroom.run import Run
 from stillroom.teachers import Teacher
-from stillroom.train import apply_normalization
 
 QUICK = GvbsmConfig(steps=6, shift_limit=1, crop_padding=1, images_per_batch=10)
 
@@ -181,27 +181,42 @@ def test_large_images_are_averaged_down_before_their_gram_matrix() -> None:
     )
 
 
-def test_real_statistics_are_the_mean_of_those_of_batches(toy: RealData, plan: Plan, tmp_path: Path) -> None:
-    """96 images in batches of 64 and 32, each of which counts by its images; BatchNorms keep their own."""
+@pytest.mark.parametrize("augmentation", ["none", "crop_shift"])
+def test_real_statistics_are_those_of_all_images_cropped_with_a_black_border(
+    toy: RealData, plan: Plan, tmp_path: Path, augmentation: str
+) -> None:
+    """96 images in batches of 64 and 32; BatchNorms keep their own."""
     teacher = build_toy_teacher(1)
-    config = replace(QUICK, augmentation="none")
+    config = replace(QUICK, augmentation=augmentation, crop_padding=3)
     with Run(tmp_path / "run") as run:
         found = gather_statistics(teacher, toy, config, 0, plan, run)
         assert torch.equal(found, gather_statistics(teacher, toy, config, 0, plan, run))
-    x = apply_normalization(toy.train.batch(torch.arange(96)), toy.mean, toy.std).double().numpy()
+    pixels = toy.train.images.numpy()
+    if augmentation == "crop_shift":
+        bordered, pieces = np.pad(pixels, ((0, 0), (0, 0), (3, 3), (3, 3))), []
+        for index, rows in enumerate((range(64), range(64, 96))):
+            corners = draw_crops(build_generator(0, "statistics", teacher.name, index), len(rows), 3).tolist()
+            pieces += [
+                bordered[row, :, top : top + 8, left : left + 8] for row, (top, left) in zip(rows, corners, strict=True)
+            ]
+        pixels = np.stack(pieces)
+    x = (pixels / 255 - np.array(toy.mean)[:, None, None]) / np.array(toy.std)[:, None, None]
     layout = Matcher(teacher.model, 1, 4).find_layout(8)
-    for index, (piece, first, last) in enumerate(
-        zip(
-            found.split(layout.lengths),
-            numpy_statistics(teacher.model, x[:64], 4),
-            numpy_statistics(teacher.model, x[64:], 4),
-            strict=True,
-        )
+    for index, (piece, expected) in enumerate(
+        zip(found.split(layout.lengths), numpy_statistics(teacher.model, x, 4), strict=True)
     ):
-        expected = (64 * first + 32 * last) / 96
-        if index in (4, 5, 10, 11):
-            expected = layout.known.split(layout.lengths)[index]
+        own = index in (4, 5, 10, 11)
+        expected = layout.known.split(layout.lengths)[index] if own else expected
         np.testing.assert_allclose(piece, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_real_statistics_do_not_depend_on_the_order_of_images(toy: RealData, plan: Plan) -> None:
+    """Folders are read class by class: the variances of batches of one class leave out what tells classes apart."""
+    teacher, config = build_toy_teacher(1), replace(QUICK, augmentation="none")
+    order = toy.train.labels.argsort(stable=True)
+    ordered = replace(toy, train=MemoryImages(toy.train.images[order], toy.train.labels[order]))
+    found, same = (gather_statistics(teacher, real, config, 0, plan, Run()) for real in (toy, ordered))
+    torch.testing.assert_close(found, same, rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_s_terms_agree_with_numpy(toy: RealData, plan: Plan) -> None:

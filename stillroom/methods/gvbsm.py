@@ -275,14 +275,24 @@ def densification_loss(views: Tensor, classmates: Classmates, blocks: int, tempe
     return total
 
 
-GATHER_BATCH = 64  # images; confessed: 256 for ImageNet in the scripts
+GATHER_BATCH = 64  # images of a pass
+
+
+def square_means(statistics: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return, laid out like `statistics` [total], 0 for each mean and its square where the variance stands.
+
+    Pieces of `lengths` alternate, mean and variance, as MatchedLayer hands them out.
+    """
+    means = statistics.split(list(lengths))[::2]
+    return torch.cat([piece for mean in means for piece in (torch.zeros_like(mean), mean * mean)])
 
 
 def gather_statistics(teacher: Teacher, real: RealData, config: GvbsmConfig, seed: int, plan: Plan, run: Run) -> Tensor:
     """Return what the teacher's statistics are to be, float32 [total] on the CPU: a unit of work of its own.
 
-    BatchNorms have theirs; of convolutions the real training images', cropped and flipped, in one pass of batches. As
-    in the published scripts a variance is the mean of the batches' variances. In float32, whatever the plan.
+    BatchNorms have theirs; of convolutions the real training images', cropped and flipped, in one pass of batches. In
+    float32, whatever the plan. Confessed: the published scripts average the variances of shuffled batches; these are
+    the variances of all images, so that images may be read in their order, class by class as it may be.
     """
     unit = f"statistics-{teacher.name.replace(':', '-')}"
 
@@ -295,20 +305,22 @@ def gather_statistics(teacher: Teacher, real: RealData, config: GvbsmConfig, see
         batches = torch.arange(len(real.train)).split(GATHER_BATCH)
         with torch.no_grad(), run.progress(f"statistics {teacher.name}", len(batches), first) as advance:
             for index in range(first, len(batches)):
-                images = real.train.batch(batches[index]).to(plan.device)
-                images = apply_normalization(images, real.mean, real.std)
-                images = augment_group(
+                images = real.train.batch(batches[index]).to(plan.device).float() / 255
+                images = augment_group(  # before normalisation: padded by black, as teachers saw them
                     images, config.augmentation, build_generator(seed, "statistics", teacher.name, index),
                     shift_limit=0, per_image=True, flip=real.flip, crop_padding=config.crop_padding,
                 )  # fmt: skip
+                images = apply_normalization(images, real.mean, real.std)
                 _, statistics = matcher(images.contiguous(memory_format=plan.memory_format))
-                total += statistics[0] * (len(images) / len(real.train))
+                moments = statistics[0] + square_means(statistics[0], layout.lengths)  # E[x] and E[x^2]
+                total += moments * (len(images) / len(real.train))
                 advance()
                 if index < len(batches) - 1 and (checkpoint.due or run.stopping):
                     checkpoint.save({"total": total}, {"batch": index + 1})
                     if run.stopping:
                         raise run.stop()
-        return {"statistics": torch.where(layout.known.isnan(), total, layout.known).cpu()}
+        found = total - square_means(total, layout.lengths)
+        return {"statistics": torch.where(layout.known.isnan(), found, layout.known).cpu()}
 
     made_by = {"teacher": teacher.name, "hash": teacher.hash}
     return make_once(run, unit, made_by, f"statistics of {teacher.name!r}", make)["statistics"]
