@@ -29,6 +29,7 @@ from stillroom.methods.gvbsm import (
     matching_loss,
     patch_moments,
 )
+from stillroom.methods.pixels import class_blocks
 from stillroom.run import Run
 from stillroom.teachers import Teacher
 
@@ -258,6 +259,35 @@ def test_teachers_take_turns_and_convolutions_are_dropped_by_chance(toy: RealDat
     assert ((kept[[0, 2]] - 0.6).abs() < 0.08).all()
 
 
+def test_rounds_give_each_class_its_share_of_the_slots_in_turn() -> None:
+    """Tiny-ImageNet's script: of 50 images per class a block of 50 has 5 of each of 10 classes, not one class whole."""
+    blocks = class_blocks(50, 200, 50, rounds=10)
+    slots, labels = (torch.stack(blocks) // 200).numpy(), (torch.stack(blocks) % 200).numpy()
+    order = np.arange(10_000).reshape(10, 5, 200).transpose(0, 2, 1).reshape(200, 50)  # [round, class, slot of it]
+    np.testing.assert_array_equal(200 * slots + labels, order)
+    assert all(len(set(block)) == 10 for block in labels)
+    assert torch.equal(torch.cat(class_blocks(7, 3, 4, rounds=2)), torch.tensor(
+        [0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11, 12, 15, 18, 13, 16, 19, 14, 17, 20]
+    ))  # fmt: skip
+    assert torch.equal(torch.cat(class_blocks(2, 3, 4, rounds=9)), torch.arange(6))
+
+
+def test_a_round_per_slot_makes_blocks_of_one_image_per_class(
+    toy: RealData, toy_teachers: list[Teacher], plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gvbsm, "gather_statistics", lambda *_: torch.zeros(58))
+    asked: list[torch.Tensor] = []
+
+    def recover(config: GvbsmConfig, real: RealData, teachers: object, blocks: list[torch.Tensor], *_: object) -> Any:
+        asked.extend(blocks)
+        return torch.zeros(12, 3, 8, 8, dtype=torch.uint8)
+
+    monkeypatch.setattr(gvbsm, "recover_images", recover)
+    made = gvbsm.distill(toy, toy_teachers, 3, replace(QUICK, rounds=3, images_per_batch=4), 0, plan, Run())
+    assert [block.tolist() for block in asked] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert made.manifest.recipe["gvbsm"]["rounds"] == 3
+
+
 def test_images_are_ipc_of_each_class_and_reach_a_lower_loss(
     toy: RealData, toy_teachers: list[Teacher], plan: Plan, tmp_path: Path
 ) -> None:
@@ -308,6 +338,7 @@ def test_stopped_and_resumed_images_have_the_bits_of_an_uninterrupted_run(
         ({"drop_rate": -0.1}, "gvbsm.drop_rate is -0.1"),
         ({"patch_side": 0}, "gvbsm.patch_side is 0"),
         ({"images_per_batch": 0}, "gvbsm.images_per_batch is 0"),
+        ({"rounds": 0}, "gvbsm.rounds is 0"),
         ({"augmentation": "crop"}, "gvbsm.augmentation is 'crop'"),
     ],
 )

@@ -42,7 +42,7 @@ DENSIFIED_SIDE = 32  # pixels that images are averaged down to before their Gram
 
 @dataclass(frozen=True)
 class GvbsmConfig:
-    """The settings of the recovery; the defaults are those of the published commands for CIFAR and Tiny-ImageNet."""
+    """The settings of the recovery; the defaults are those of the published command for CIFAR-10."""
 
     method: ClassVar[str] = "gvbsm"
 
@@ -60,7 +60,9 @@ class GvbsmConfig:
     crop_padding: int = 4  # pixels; 8 for Tiny-ImageNet
     shift_limit: int = 32  # pixels, circular: on CIFAR an image may land anywhere, as in the scripts
     per_image: bool = False  # whether each image has a draw of its own; the scripts draw once per batch
-    images_per_batch: int = 100  # that share their statistics, class by class; 40 for ImageNet
+    # That share their statistics, class by class: one GPU's; 50 for CIFAR-100 and Tiny-ImageNet, 40 for ImageNet.
+    images_per_batch: int = 100
+    rounds: int = 1  # over all classes, each of a share of the slots; 10 for Tiny-ImageNet
 
     def __post_init__(self) -> None:
         check_choices(self, self.method)
@@ -71,7 +73,7 @@ class GvbsmConfig:
         for name in ("momentum", "drop_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise StillroomError(f"gvbsm.{name} is {getattr(self, name)}; give a share from 0 to below 1")
-        for name in ("patch_side", "images_per_batch"):
+        for name in ("patch_side", "images_per_batch", "rounds"):
             if getattr(self, name) < 1:
                 raise StillroomError(f"gvbsm.{name} is {getattr(self, name)}; give 1 or more")
         if not self.densification_temperature > 0:
@@ -414,7 +416,7 @@ def distill(
     """
     check(real, {teacher.name: teacher.model for teacher in teachers}, ipc, config)
     targets = [gather_statistics(teacher, real, config, seed, plan, run) for teacher in teachers]
-    blocks = class_blocks(ipc, real.classes, config.images_per_batch)
+    blocks = class_blocks(ipc, real.classes, config.images_per_batch, config.rounds)
 
     @functools.cache  # compiled once per number of blocks, and worth it by all of the run's steps
     def matchings_of(count: int, calls: int) -> list[tuple[Matching, Layout]]:
