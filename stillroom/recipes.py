@@ -220,7 +220,9 @@ _GVBSM_TINY = replace(
 _GVBSM_IMAGENET = replace(
     _GVBSM_CIFAR,
     # Confessed: ShuffleNetV2 of width 1.0, theirs 0.5.
-    teachers=TeachersConfig(("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2"), source="imagenet"),
+    teachers=TeachersConfig(
+        ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2"), source="imagenet", equal_norms=True
+    ),
     gvbsm=GvbsmConfig(
         learning_rate=0.1, momentum=0.4, drop_rate=0.0, patch_side=16, augmentation="resized_crop_shift",
         images_per_batch=40,

@@ -76,6 +76,7 @@ class TeachersConfig:
     learning_rate: float | None = None
     least_steps: int = 0  # train on past the epochs until as many steps: a few hundred images make an epoch of one step
     source: Literal["train", "imagenet"] = "train"  # imagenet: torchvision's IMAGENET1K_V1 weights
+    equal_norms: bool = False  # scale logits to the mean norm of all teachers' before their mean is a label (G-VBSM)
     checkpoints: tuple[str, ...] = ()  # NETWORK=FILE: your weights (safetensors, or a state_dict saved by torch)
     seed: int = 0
     cache: str | None = None  # folder of trained teachers; None: $STILLROOM_CACHE, or else ~/.cache/stillroom
@@ -102,7 +103,8 @@ class TeachersConfig:
 class Teacher:
     """A frozen network in eval mode, on the plan's device.
 
-    accuracy: {"top1", "top5"}, shares in [0, 1] on the real test split; hash: sha256 of the weights.
+    accuracy: {"top1", "top5"}, shares in [0, 1] on the real test split; hash: sha256 of the weights; equal_norms:
+    whether its logits are scaled where it labels with others, as `labels.ensemble_logits` says.
     """
 
     name: str
@@ -110,6 +112,7 @@ class Teacher:
     accuracy: dict[str, float]
     hash: str
     source: str
+    equal_norms: bool = False
 
     def facts(self) -> dict[str, Any]:
         """What the artifact's manifest keeps of the teacher."""
@@ -142,7 +145,7 @@ def load_teachers(
             teacher = _train_or_load(name, entries[name], real, config, plan, run)
         check_above_chance(teacher, real)
         run.event("teacher", **teacher.facts())
-        teachers.append(teacher)
+        teachers.append(replace(teacher, equal_norms=config.equal_norms))
     return teachers
 
 

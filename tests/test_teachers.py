@@ -75,6 +75,10 @@ def test_a_teacher_is_trained_once_measured_frozen_and_then_read_from_the_cache(
     monkeypatch.setattr(teachers_module, "fit", refuse_to_train)
     (second,) = load_teachers(toy, QUICK, plan, Run())
     assert second.facts() == first.facts()
+    (scaled,) = load_teachers(
+        toy, replace(QUICK, equal_norms=True), plan, Run()
+    )  # the same teacher, labelling otherwise
+    assert (first.equal_norms, scaled.equal_norms, scaled.hash) == (False, True, first.hash)
     assert hash_weights(second.model) == hash_weights(first.model) == first.hash
 
 
@@ -134,7 +138,7 @@ def test_the_cache_key_does_not_change_with_what_leaves_the_weights_alone(toy: R
     assert cache_entry("toynet", toy, QUICK, replace(plan, pack_slots=9)) == entry
     cards = [cache_entry("toynet", toy, QUICK, replace(plan, device=name)) for name in ("cuda", "cuda:0", "cuda:1")]
     assert len(set(cards)) == 1  # the plan's processor names the kind of card
-    assert cache_entry("toynet", toy, replace(QUICK, networks=("toynet", "convnet")), plan) == entry
+    assert cache_entry("toynet", toy, replace(QUICK, networks=("toynet", "convnet"), equal_norms=True), plan) == entry
     same = replace(toy, train=MemoryImages(toy.train.images.clone(), toy.train.labels.clone()))
     assert cache_entry("toynet", same, QUICK, plan) == entry
     assert json.dumps(teacher_key("toynet", toy, QUICK, plan))  # it is kept as JSON beside the weights
