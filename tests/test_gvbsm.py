@@ -30,6 +30,7 @@ from stillroom.methods.gvbsm import (
     patch_moments,
 )
 from stillroom.methods.pixels import class_blocks
+from stillroom.recipes import find_recipe
 from stillroom.run import Run
 from stillroom.teachers import Teacher
 
@@ -353,3 +354,26 @@ def test_a_teacher_without_layers_to_match_and_no_teacher_at_all_are_refused(toy
         gvbsm.check(toy, {"toynet": ToyNet(0), "plain": plain}, 1, QUICK)
     with pytest.raises(StillroomError, match="gvbsm needs at least one teacher"):
         gvbsm.check(toy, {}, 1, QUICK)
+
+
+def test_recipes_have_the_scripts_settings() -> None:
+    for source, block, rounds, optimizer, decay, weight, equal in (
+        ("cifar10", 100, 1, "adamw", 0.0, 0.15, False), ("cifar100", 50, 1, "sgd", 5e-4, 0.15, False),
+        ("tiny-imagenet", 50, 10, "sgd", 5e-4, 0.1, False), ("imagenet", 40, 1, "adamw", 0.01, 0.1, True),
+    ):  # fmt: skip
+        recipe = find_recipe(f"gvbsm-{source}-ipc50")
+        assert (recipe.gvbsm.images_per_batch, recipe.gvbsm.rounds) == (block, rounds)
+        assert (recipe.gvbsm.steps, recipe.gvbsm.statistics_weight, recipe.gvbsm.densification_weight) == (
+            4000,
+            0.01,
+            1,
+        )
+        train = recipe.student.train_for("dynamic")
+        assert (train.optimizer, train.weight_decay, train.decay_norms, train.cutmix_beta) == (
+            optimizer,
+            decay,
+            False,
+            1,
+        )
+        assert (recipe.student.loss, recipe.student.hard_weight) == ("mse_hard", weight)
+        assert recipe.teachers.equal_norms == equal

@@ -6,14 +6,16 @@ generalized backbone matching (GBM)     a step's teacher: each in turn
 generalized statistical matching (GSM)  MatchedLayer of BatchNorms and convolutions, within Matcher
 its score-distillation form, alpha      the moving average in `matching_loss`: `momentum`
 its drop rate, beta_dr                  drop_rate, of convolutions
-MSE + gamma GT (students)               students.mse_hard_loss; the teachers' mean logits are labels.py's
+ensemble of labels, norms made equal    labels.ensemble_logits; `teachers.equal_norms`, for ImageNet
+MSE + gamma GT (students)               students.mse_hard_loss
 
 The statistics that convolutions are matched to are gathered over the real training images once (`gather_statistics`).
 
-Confessed: the paper's equations were read in its published scripts, and where text and scripts could differ these are
-followed: the statistics of a convolution are its input's. Three things there are accidents and left out: averages begin
-at the first statistics and not at 0, they begin anew with every block, and on ImageNet labels are plain mean logits,
-not scaled by their norm over the batch.
+Confessed: of the paper itself its overview figure and Tables 4 and 5 were read, and of its equations what EDC repeats
+(Shao et al., NeurIPS 2024: Equation 2, the distance, and 4, the mean of logits); all else is that of its published
+scripts. There a convolution's statistics are its input's, and teachers take turns where the figure draws one at random.
+Two things there are accidents and left out: averages begin at 0, and they go on from one block to the next. A class that
+is parted between blocks is densified part by part; there, over the blocks of all GPUs at once.
 """
 
 from __future__ import annotations
@@ -229,6 +231,7 @@ def matching_loss(
 
     The distance is of the average, the gradient this step's alone ("score distillation"):
     ``|| target - (average + s - stop_gradient(s)) ||_2`` for each piece, the first layer's times `first_layer_weight`.
+    With momentum 0 that is EDC's Equation 2.
     """
     now = statistics.detach()
     mixed = torch.where(average.isnan(), now, momentum * average + (1 - momentum) * now)
@@ -261,7 +264,8 @@ def densification_loss(views: Tensor, classmates: Classmates, blocks: int, tempe
     """Return DD's loss, float32 [blocks]: images of a class are pushed apart.
 
     views: float32 [blocks * images, 3, height, width]. Of each class, ``KL(softmax(e / tau) || softmax(e))``, e the
-    eigenvalues of the Gram matrix of its images (averaged down to 32 pixels), the softened side without gradient.
+    eigenvalues of the Gram matrix of its images (so in the paper's overview figure). As in the scripts the images are
+    averaged down to 32 pixels, and the softened side is without gradient.
 
     The eigenvalues are found on the device, which on a GPU is waited for: torch looks whether they were found.
     """
