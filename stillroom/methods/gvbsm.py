@@ -14,8 +14,8 @@ The statistics that convolutions are matched to are gathered over the real train
 Confessed: of the paper itself its overview figure and Tables 4 and 5 were read, and of its equations what EDC repeats
 (Shao et al., NeurIPS 2024: Equation 2, the distance, and 4, the mean of logits); all else is that of its published
 scripts. There a convolution's statistics are its input's, and teachers take turns where the figure draws one at random.
-Two things there are accidents and left out: averages begin at 0, and they go on from one block to the next. A class that
-is parted between blocks is densified part by part; there, over the blocks of all GPUs at once.
+Two accidents of theirs are left out: averages begin at 0, and they go on from one block to the next. A class that is
+parted between blocks is densified part by part; there, over the blocks of all GPUs at once.
 """
 
 from __future__ import annotations
