@@ -1,10 +1,10 @@
-"""Augmentation of whole batches, [batch, channels, height, width]: crop, flip, shift, resized crop, mixup, CutMix.
+"""Augmentation of whole batches, [batch, channels, height, width]: crops, flips, shifts, patch orders, mixup, CutMix.
 
 Chance and effect are apart. `draw_*` takes a CPU generator and returns what was drawn, on the CPU, so that a draw is
 the same for every device; `apply_*` is deterministic, moves the draw to the images' device and never changes its
-input. `per_image=False` draws once and repeats it for the batch. Crops, flips and shifts move pixels only: they work
-on uint8 and on floats of any range, exactly. Resized crops and mixup compute new values and need floats. All are
-differentiable in the images. Arguments out of range and shapes that do not fit raise StillroomError.
+input. `per_image=False` draws once and repeats it for the batch. Crops, flips, shifts, patch orders move pixels only:
+they work on uint8 and on floats of any range, exactly. Resized crops and mixup compute new values and need floats. All
+are differentiable in the images. Arguments out of range and shapes that do not fit raise StillroomError.
 """
 
 from __future__ import annotations
@@ -94,6 +94,33 @@ def apply_shifts(images: Tensor, shifts: Tensor) -> Tensor:
     down, right = shifts.to(images.device, non_blocking=True).unbind(1)
     rows = (torch.arange(height, device=images.device) - down[:, None]) % height  # [batch, height]
     columns = (torch.arange(width, device=images.device) - right[:, None]) % width  # [batch, width]
+    return _pick(images, rows, columns)
+
+
+def draw_patch_orders(generator: torch.Generator, batch: int, patches: int) -> Tensor:
+    """Orders of the rows and of the columns of `patches` x `patches` patches: int64 [batch, 2, patches]."""
+    _require("batch", batch, batch >= 1, "1 or more images")
+    _require("patches", patches, patches >= 1, "1 or more rows and columns")
+    return torch.rand(batch, 2, patches, generator=generator, dtype=torch.float64).argsort(-1)
+
+
+def apply_patch_orders(images: Tensor, orders: Tensor) -> Tensor:
+    """Cut each image into a grid of patches and set its rows, then its columns, in its own of `orders`.
+
+    orders: int64 [batch, 2, patches], permutations. Rows and columns move whole, as in RDED's published scripts; the
+    last of each has the pixels that a grid of equal patches leaves over.
+    """
+    batch, _, height, width = _sizes(images)
+    _require("orders", tuple(orders.shape), orders.shape[:-1] == (batch, 2), f"shape [{batch}, 2, patches]")
+    patches = orders.shape[-1]
+    _require("patches", patches, 1 <= patches <= min(height, width), f"1 to {min(height, width)} rows and columns")
+    places = orders.to(images.device, non_blocking=True).argsort(-1)  # where each row or column of patches goes
+    down, across = (
+        (torch.arange(length, device=images.device) // (length // patches)).clamp(max=patches - 1)
+        for length in (height, width)
+    )
+    rows = places[:, 0, down].argsort(dim=-1, stable=True)  # [batch, height]
+    columns = places[:, 1, across].argsort(dim=-1, stable=True)  # [batch, width]
     return _pick(images, rows, columns)
 
 

@@ -81,8 +81,9 @@ class Work:
         student, name = self.student, cell.name
         if plain:
             bare = replace(
-                student.train, crop_padding=0, flip=False, resized_crop=False, mixup_beta=0.0, cutmix_beta=0.0
-            )
+                student.train, crop_padding=0, flip=False, resized_crop=False, shuffle_patches=1, mixup_beta=0.0,
+                cutmix_beta=0.0,
+            )  # fmt: skip
             student, name = replace(student, train=bare), f"{name}-plain"
         teachers = labellers(self.comparison, self.teachers)
         result = evaluate(

@@ -45,7 +45,9 @@ class PoolConfig:
 def ensemble_logits(teachers: list[Teacher], plan: Plan) -> Callable[[Tensor], Tensor]:
     """Return the teachers' mean logits (Equation 6) as a function.
 
-    images float32 [batch, 3, height, width], normalised, on the plan's device -> float32 [batch, classes].
+    images float32 [batch, 3, height, width], normalised, on the plan's device -> float32 [batch, classes]. Logits z_i
+    of teachers with `equal_norms` count as ``z_i mean_j ||z_j|| / ||z_i||``, an option in the overview figure of
+    G-VBSM. Confessed: the figure does not say of what the norm is; as in the script for ImageNet it is the batch's.
     """
     if not teachers:
         raise StillroomError("soft labels need at least one teacher; see teachers.networks, or use hard labels")
@@ -54,8 +56,11 @@ def ensemble_logits(teachers: list[Teacher], plan: Plan) -> Callable[[Tensor], T
     def logits(images: Tensor) -> Tensor:
         images = images.contiguous(memory_format=plan.memory_format)
         with plan.autocast():
-            outputs = [teacher.model(images) for teacher in teachers]
-        return torch.stack([output.float() for output in outputs]).mean(0)
+            outputs = torch.stack([teacher.model(images).float() for teacher in teachers])  # [teachers, batch, classes]
+        if any(teacher.equal_norms for teacher in teachers):
+            norms = outputs.flatten(1).norm(dim=1)
+            outputs = outputs * (norms.mean() / norms)[:, None, None]
+        return outputs.mean(0)
 
     return logits
 

@@ -38,7 +38,7 @@ ImageEncodingChoice = Literal["auto", ImageEncoding]  # auto: by the images' siz
 Resize = Literal["refuse", "squash", "crop"]
 
 # Keys that manifests of this schema version may lack, since they came later; their defaults say what was meant.
-LATER_KEYS = ("dataset.resize", ".pool")
+LATER_KEYS = ("dataset.resize", ".pool", "pool.batches.shuffle_patches")
 
 
 def library_versions() -> dict[str, str]:
@@ -147,12 +147,14 @@ class BatchSettings:
     mixup_beta: float
     mixup_folded: bool
     cutmix_beta: float
+    shuffle_patches: int = 1
 
     def __post_init__(self) -> None:
         scale = tuple(map(float, self.resized_crop_scale))
         object.__setattr__(self, "resized_crop_scale", scale)
         _require(len(scale) == 2, f"pool.batches.resized_crop_scale is {scale}, but needs two numbers.")
-        for name, low in (("batch_size", 1), ("crop_padding", 0), ("mixup_beta", 0), ("cutmix_beta", 0)):
+        lowest = {"batch_size": 1, "crop_padding": 0, "mixup_beta": 0, "cutmix_beta": 0, "shuffle_patches": 1}
+        for name, low in lowest.items():
             value = getattr(self, name)
             _require(low <= value <= 2**31, f"pool.batches.{name} is {value}, but must be {low} or more.")
 

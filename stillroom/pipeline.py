@@ -225,7 +225,9 @@ def is_preset(name: str, recipe: Recipe, real: RealData) -> bool:
     facts, cut = FACTS[preset.data.source], recipe.data.train_per_class is not None or recipe.data.holdout_per_class > 0
     return (
         all(getattr(preset, stage) == getattr(recipe, stage) for stage in stages)
-        and (preset.teachers.networks, preset.teachers.source) == (recipe.teachers.networks, recipe.teachers.source)
+        and all(
+            getattr(preset.teachers, n) == getattr(recipe.teachers, n) for n in ("networks", "source", "equal_norms")
+        )
         and (facts.classes, facts.image_size) == (real.classes, real.image_size)
         and facts.class_names in (None, real.class_names)
         and not cut

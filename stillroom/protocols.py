@@ -43,8 +43,8 @@ _IMAGENET_TRAIN = replace(CIFAR_STUDENT, epochs=300, batch_size=32, crop_padding
 # RD3 (Zhong et al., ICLR 2026, arXiv 2509.19743): 400 epochs, batch 50, Adam 1e-3 by a cosine, CutMix, resized crop and
 # flip as RDED has them, one ResNet-18 as the teacher, KL. Confessed: the temperature 20 and the crop's share of the
 # area from 0.5 are those of RDED's scripts (DD-Ranking keeps its 20 too); no weight decay is stated, so there is none;
-# RD3 ends the cosine of students other than ResNet-18 half way down, which is left out, and RDED's shuffling of patches
-# too, since it undoes a collage that only its own images are.
+# RD3 ends the cosine of students other than ResNet-18 half way down, which is left out (--student.train.cosine-slowdown
+# 2 has it), and RDED's shuffling of patches too, since it undoes a collage that only its own images are.
 _UNIFIED_TRAIN = TrainConfig(
     epochs=400, batch_size=50, optimizer="adam", learning_rate=1e-3, weight_decay=0.0,
     crop_padding=0, resized_crop=True, resized_crop_scale=(0.5, 1.0), cutmix_beta=1.0,

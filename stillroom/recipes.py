@@ -99,11 +99,16 @@ _IMAGENET = replace(
     student=protocol_student("paper", 224),
 )
 
-# RDED's published scripts: one ResNet-18 as observer and labeller, crops of 300 images per class.
-# Confessed: their cosine ends at half the first learning rate, ours at 0; they shuffle the tiles of a mosaic for each
-# batch; and the paper's accuracy is the best of the last epochs on the test split, ours that of the last.
+# RDED's published scripts: one ResNet-18 as observer and labeller, crops of 300 images per class. Their slow cosine and
+# small batches are worth 16 points on ImageNet with 10 images per class (25.8 and 42.3 %, EDC's Table 3).
+# Confessed: the paper's accuracy is the best of the last epochs on the test split, ours that of the last; its test
+# images of Tiny-ImageNet are enlarged to 72 pixels and cut to 64; its loop passes a batch through the student a second
+# time, for the log, which moves the averages of BatchNorms twice; its observers are not those of teachers.recipe
+# (CIFAR-100: 72.3 %). The tiles of a mosaic change places for each batch, as there, and since a table has one protocol,
+# so do the quarters of the random control's images.
 _RDED_TRAIN = TrainConfig(
     epochs=300, optimizer="adamw", learning_rate=1e-3, weight_decay=0.01, decay_norms=False, cutmix_beta=1.0,
+    cosine_slowdown=2.0,
     crop_padding=0,  # their resized crop of 1 / factor of the area and more is, for factor 1, the whole image
 )  # fmt: skip
 _RDED = Recipe(
@@ -117,7 +122,10 @@ _RDED_224 = replace(
     teachers=replace(_RDED.teachers, source="imagenet"),
     rded=RdedConfig(factor=2),
     data=DataConfig(resize="crop"),
-    student=replace(_RDED.student, train=replace(_RDED_TRAIN, resized_crop=True, resized_crop_scale=(0.5, 1.0))),
+    student=replace(
+        _RDED.student,
+        train=replace(_RDED_TRAIN, shuffle_patches=2, resized_crop=True, resized_crop_scale=(0.5, 1.0)),
+    ),
 )
 
 # SRe2L and CDA: one ResNet-18 recovers and labels, anew for every batch. By the published commands; students of
@@ -143,11 +151,12 @@ _SRE2L_TINY = replace(
 _FKD_STUDENT = StudentConfig(
     "resnet18",
     replace(
-        CIFAR_STUDENT, epochs=300, batch_size=1024, crop_padding=0, resized_crop=True, mixup_beta=0.0, cutmix_beta=1.0
+        CIFAR_STUDENT, epochs=300, batch_size=1024, decay_norms=False, crop_padding=0, resized_crop=True,
+        mixup_beta=0.0, cutmix_beta=1.0,
     ),
     dynamic_epochs=300,
     temperature=20.0,
-)
+)  # fmt: skip
 _SRE2L_IMAGENET = replace(
     _SRE2L_CIFAR,
     teachers=TeachersConfig(("resnet18",), source="imagenet"),
@@ -160,11 +169,14 @@ _CDA_CIFAR, _CDA_TINY, _CDA_IMAGENET = (
     replace(base, method="cda") for base in (_SRE2L_CIFAR, _SRE2L_TINY, _SRE2L_IMAGENET)
 )
 
-# G-VBSM: several networks recover and label, by the published commands. Confessed: no WRN-16-2 among them, the
-# MobileNetV2 of full width at 32 pixels is ours, and labels are made anew for every batch where theirs are stored.
+# G-VBSM: several networks recover and label, by the published commands. Confessed: no WRN-16-2 among them; their
+# MobileNetV2 halves an image of 32 pixels in its first layer, ours does not; labels are made anew for every batch where
+# theirs are stored; and their teachers are trained less than those of teachers.recipe: 50 epochs without decay, for the
+# CIFARs at a constant rate, and 5 for CIFAR-10.
 _GVBSM_CIFAR = Recipe(
     teachers=TeachersConfig(("resnet18", "convnet_in", "mobilenet_v2_thin", "shufflenet_v2_thin")),
     method="gvbsm",
+    gvbsm=GvbsmConfig(images_per_batch=50),
     labels=("dynamic",),
     student=StudentConfig(
         "resnet18",
@@ -187,6 +199,7 @@ _GVBSM_CIFAR = Recipe(
 )
 _GVBSM_CIFAR10 = replace(
     _GVBSM_CIFAR,
+    gvbsm=GvbsmConfig(),
     student=replace(
         _GVBSM_CIFAR.student,
         train=replace(
@@ -196,7 +209,7 @@ _GVBSM_CIFAR10 = replace(
 )
 _GVBSM_TINY = replace(
     _GVBSM_CIFAR,
-    gvbsm=GvbsmConfig(crop_padding=8),
+    gvbsm=GvbsmConfig(crop_padding=8, images_per_batch=50, rounds=10),
     student=replace(
         _GVBSM_CIFAR.student,
         train=replace(_GVBSM_CIFAR.student.train, epochs=100, batch_size=100),
@@ -207,7 +220,9 @@ _GVBSM_TINY = replace(
 _GVBSM_IMAGENET = replace(
     _GVBSM_CIFAR,
     # Confessed: ShuffleNetV2 of width 1.0, theirs 0.5.
-    teachers=TeachersConfig(("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2"), source="imagenet"),
+    teachers=TeachersConfig(
+        ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2"), source="imagenet", equal_norms=True
+    ),
     gvbsm=GvbsmConfig(
         learning_rate=0.1, momentum=0.4, drop_rate=0.0, patch_side=16, augmentation="resized_crop_shift",
         images_per_batch=40,
@@ -283,14 +298,14 @@ RECIPES: dict[str, Recipe] = {                                            # it s
     "cda-tiny-imagenet-ipc50":    _on(_CDA_TINY,       "tiny-imagenet", 50),
     "cda-imagenet-ipc10":         _on(_CDA_IMAGENET,   "imagenet",      10),
     "cda-imagenet-ipc50":         _on(_CDA_IMAGENET,   "imagenet",      50),
-    "gvbsm-cifar10-ipc10":        _on(_GVBSM_CIFAR10,  "cifar10",       10),
-    "gvbsm-cifar10-ipc50":        _on(_GVBSM_CIFAR10,  "cifar10",       50),
-    "gvbsm-cifar100-ipc10":       _on(_GVBSM_CIFAR,    "cifar100",      10),
-    "gvbsm-cifar100-ipc50":       _on(_GVBSM_CIFAR,    "cifar100",      50),
+    "gvbsm-cifar10-ipc10":        _on(_GVBSM_CIFAR10,  "cifar10",       10),     # - | 53.5
+    "gvbsm-cifar10-ipc50":        _on(_GVBSM_CIFAR10,  "cifar10",       50),     # - | 59.2
+    "gvbsm-cifar100-ipc10":       _on(_GVBSM_CIFAR,    "cifar100",      10),     # - | 59.5
+    "gvbsm-cifar100-ipc50":       _on(_GVBSM_CIFAR,    "cifar100",      50),     # - | 65.0
     "gvbsm-tiny-imagenet-ipc10":  _on(_GVBSM_TINY,     "tiny-imagenet", 10),
     "gvbsm-tiny-imagenet-ipc50":  _on(_GVBSM_TINY,     "tiny-imagenet", 50),     # - | 47.6
     "gvbsm-imagenet-ipc10":       _on(_GVBSM_IMAGENET, "imagenet",      10),     # - | 31.4
-    "gvbsm-imagenet-ipc50":       _on(_GVBSM_IMAGENET, "imagenet",      50),
+    "gvbsm-imagenet-ipc50":       _on(_GVBSM_IMAGENET, "imagenet",      50),     # - | 51.8
     "laptop-cifar100-ipc10":      _on(_LAPTOP,   "cifar100",      10),
     "small":                      _on(_SMALL,    "digits",        10),
     "digits":                     _on(_DIGITS,   "digits",        10),
@@ -320,8 +335,13 @@ EXPECTED: dict[str, dict[str, float]] = {
     "sre2l-tiny-imagenet-ipc50": {"dynamic": 41.1},
     "sre2l-imagenet-ipc10": {"dynamic": 21.3},
     "sre2l-imagenet-ipc50": {"dynamic": 46.8},
+    "gvbsm-cifar10-ipc10": {"dynamic": 53.5},
+    "gvbsm-cifar10-ipc50": {"dynamic": 59.2},
+    "gvbsm-cifar100-ipc10": {"dynamic": 59.5},
+    "gvbsm-cifar100-ipc50": {"dynamic": 65.0},
     "gvbsm-tiny-imagenet-ipc50": {"dynamic": 47.6},
     "gvbsm-imagenet-ipc10": {"dynamic": 31.4},
+    "gvbsm-imagenet-ipc50": {"dynamic": 51.8},
 }
 
 

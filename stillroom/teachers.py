@@ -45,6 +45,7 @@ from stillroom.train import (
 GUESSING = 0.02
 
 TEACHER_FORMAT = 1  # changes when training changes in a way that the settings do not show
+STUDENT_SETTINGS = ("cosine_slowdown", "shuffle_patches")  # of training, which all teachers leave as they are
 
 # The recipe that the field trains CIFAR teachers with (SRe2L, INFER): ResNet-18 reaches 78.7 % on CIFAR-100.
 FIELD = TrainConfig(epochs=200, batch_size=128, optimizer="sgd", learning_rate=0.1, weight_decay=5e-4)
@@ -75,6 +76,7 @@ class TeachersConfig:
     learning_rate: float | None = None
     least_steps: int = 0  # train on past the epochs until as many steps: a few hundred images make an epoch of one step
     source: Literal["train", "imagenet"] = "train"  # imagenet: torchvision's IMAGENET1K_V1 weights
+    equal_norms: bool = False  # scale logits to the mean norm of all teachers' before their mean is a label (G-VBSM)
     checkpoints: tuple[str, ...] = ()  # NETWORK=FILE: your weights (safetensors, or a state_dict saved by torch)
     seed: int = 0
     cache: str | None = None  # folder of trained teachers; None: $STILLROOM_CACHE, or else ~/.cache/stillroom
@@ -101,7 +103,8 @@ class TeachersConfig:
 class Teacher:
     """A frozen network in eval mode, on the plan's device.
 
-    accuracy: {"top1", "top5"}, shares in [0, 1] on the real test split; hash: sha256 of the weights.
+    accuracy: {"top1", "top5"}, shares in [0, 1] on the real test split; hash: sha256 of the weights; equal_norms:
+    whether its logits are scaled where it labels with others, as `labels.ensemble_logits` says.
     """
 
     name: str
@@ -109,6 +112,7 @@ class Teacher:
     accuracy: dict[str, float]
     hash: str
     source: str
+    equal_norms: bool = False
 
     def facts(self) -> dict[str, Any]:
         """What the artifact's manifest keeps of the teacher."""
@@ -141,7 +145,7 @@ def load_teachers(
             teacher = _train_or_load(name, entries[name], real, config, plan, run)
         check_above_chance(teacher, real)
         run.event("teacher", **teacher.facts())
-        teachers.append(teacher)
+        teachers.append(replace(teacher, equal_norms=config.equal_norms))
     return teachers
 
 
@@ -170,7 +174,8 @@ def teacher_key(name: str, real: RealData, config: TeachersConfig, plan: Plan) -
         "mean": real.mean,
         "std": real.std,
         "flip": real.flip,
-        "train": asdict(config.train),
+        # Without what came later and no teacher has: one that was trained before would be trained again.
+        "train": {k: v for k, v in asdict(config.train).items() if k not in STUDENT_SETTINGS},
         "steps": config.steps_for(len(real.train)),
         "seed": config.seed,
         # not which of several cards: `processor` names the kind

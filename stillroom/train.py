@@ -38,12 +38,14 @@ class TrainConfig:
     momentum: float = 0.9  # SGD and Muon only
     nesterov: bool = False  # SGD only
     schedule: Literal["cosine", "one_cycle"] = "cosine"  # cosine: set once an epoch; one_cycle: linear, every step
+    cosine_slowdown: float = 1.0  # cosine: 2 goes half its way and ends at half the rate; EDC's zeta
     warmup_fraction: float = 0.2  # one_cycle: share of the steps in which the learning rate rises
     decay_norms: bool = True  # whether weight decay acts on normalisation parameters and biases too
     crop_padding: int = 4  # pixels of black around the image before a random crop; 0: no crop
     flip: bool = True  # random horizontal flip, where the dataset allows it
     resized_crop: bool = False  # RandomResizedCrop in place of the padded crop
     resized_crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the area that a resized crop keeps
+    shuffle_patches: int = 1  # n: the rows and the columns of n x n patches in random order, before any crop; 1: as is
     mixup_beta: float = 0.0  # Beta(b, b); 0: no mixup
     mixup_folded: bool = (
         False  # True: weight max(l, 1 - l) as in Algorithm 2; False: plain l as in the published scripts
@@ -56,6 +58,7 @@ class TrainConfig:
             ("epochs", 1),
             ("batch_size", 1),
             ("crop_padding", 0),
+            ("shuffle_patches", 1),
             ("mixup_beta", 0),
             ("cutmix_beta", 0),
             ("weight_decay", 0),
@@ -69,6 +72,10 @@ class TrainConfig:
             )
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise StillroomError(f"train.learning_rate is {self.learning_rate}; give a positive number such as 0.1")
+        if not (math.isfinite(self.cosine_slowdown) and self.cosine_slowdown >= 1):
+            raise StillroomError(
+                f"train.cosine_slowdown is {self.cosine_slowdown}; give 1 for a cosine down to 0, or more, such as 2"
+            )
         if not 0 <= self.warmup_fraction < 1:
             raise StillroomError(f"train.warmup_fraction is {self.warmup_fraction}; give a share from 0 to below 1")
 
@@ -76,12 +83,14 @@ class TrainConfig:
 def schedule_rate(config: TrainConfig, step: int, total_steps: int, steps_per_epoch: int) -> float:
     """Return the learning rate of one step.
 
-    cosine: half a cosine from the configured rate towards 0, set once an epoch as the field's scripts do;
-    one_cycle: a straight line up over `warmup_fraction` of the steps, then down to 0.
+    cosine: half a cosine from the configured rate towards 0, set once an epoch as the field's scripts do, of which a
+    `cosine_slowdown` of zeta takes the first 1 / zeta: rate (1 + cos(pi epoch / (zeta epochs))) / 2 (Shao et al., EDC,
+    NeurIPS 2024, Section 3.2). one_cycle: a straight line up over `warmup_fraction` of the steps, then down to 0.
     """
     if config.schedule == "cosine":
         epochs = math.ceil(total_steps / steps_per_epoch)
-        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step // steps_per_epoch) / epochs))
+        angle = math.pi * (step // steps_per_epoch) / (config.cosine_slowdown * epochs)
+        return config.learning_rate * 0.5 * (1 + math.cos(angle))
     peak = config.warmup_fraction * total_steps
     share = (step + 1) / peak if step < peak else (total_steps - step) / (total_steps - peak)
     return config.learning_rate * min(share, 1.0)
@@ -99,8 +108,10 @@ def apply_normalization(images: Tensor, mean: tuple[float, ...], std: tuple[floa
 
 
 def augment_images(images: Tensor, config: TrainConfig, flip: bool, generator: torch.Generator) -> Tensor:
-    """Return `images` [batch, 3, h, w] (pixels, before normalisation, black is 0) cropped and flipped at random."""
+    """Return `images` [batch, 3, h, w] (pixels, black is 0, not normalised) shuffled, cropped, flipped at random."""
     batch, height, width = images.shape[0], images.shape[-2], images.shape[-1]
+    if config.shuffle_patches > 1:
+        images = augment.apply_patch_orders(images, augment.draw_patch_orders(generator, batch, config.shuffle_patches))
     if config.resized_crop:
         boxes = augment.draw_resized_crops(generator, batch, height, width, scale=config.resized_crop_scale)
         images = images.float() / 255 if images.dtype == torch.uint8 else images

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from stillroom.augment import (
     apply_cutmix,
     apply_flips,
     apply_mixup,
+    apply_patch_orders,
     apply_resized_crops,
     apply_shift,
     apply_shifts,
@@ -18,6 +20,7 @@ from stillroom.augment import (
     draw_cutmix,
     draw_flips,
     draw_mixup,
+    draw_patch_orders,
     draw_resized_crops,
     draw_shift,
     draw_shifts,
@@ -30,6 +33,7 @@ DRAWS = {
     "flips": lambda g: draw_flips(g, 64),
     "shift": lambda g: draw_shift(g, 1000),
     "shifts": lambda g: draw_shifts(g, 6, 4),
+    "patch orders": lambda g: draw_patch_orders(g, 6, 4),
     "resized crops": lambda g: draw_resized_crops(g, 6, 32, 24),
     "mixup": lambda g: draw_mixup(g, 6, 0.8, folded=False),
     "cutmix": lambda g: draw_cutmix(g, 6, 1.0, 32, 24),
@@ -215,7 +219,39 @@ def test_autocast_does_not_round_resized_pixels() -> None:
     assert torch.equal(result, apply_resized_crops(images, boxes, 8))
 
 
-@pytest.mark.parametrize("kind", ["crops", "flips", "shift", "shifts", "resized crops", "mixup", "cutmix"])
+@settings(max_examples=40, deadline=None)
+@given(height=st.integers(1, 9), width=st.integers(1, 9), patches=st.integers(1, 4), seed=st.integers(0, 1000))
+def test_patch_orders_move_whole_rows_and_columns_of_patches(height: int, width: int, patches: int, seed: int) -> None:
+    """Against NumPy, which cuts the strips, lists them in the order drawn and joins them: first rows, then columns."""
+    patches = min(patches, height, width)
+    images, orders = draw_images(3, 2, height, width), draw_patch_orders(seeded(seed), 3, patches)
+    shuffled = apply_patch_orders(images, orders)
+    for image, own, found in zip(images.numpy(), orders.tolist(), shuffled.numpy(), strict=True):
+        for axis, length in ((1, height), (2, width)):
+            cuts = [length // patches * number for number in range(1, patches)]
+            strips = np.split(image, cuts, axis)
+            image = np.concatenate([strips[number] for number in own[axis - 1]], axis)
+        np.testing.assert_array_equal(found, image)
+
+
+def test_each_image_has_patch_orders_of_its_own_and_all_are_drawn() -> None:
+    orders = draw_patch_orders(seeded(), 3000, 2)
+    assert orders.dtype == torch.int64
+    rows, columns = orders[:, :, 0].unbind(1)  # which comes first
+    counts = torch.bincount(2 * rows + columns, minlength=4)
+    assert stats.chisquare(counts.numpy()).pvalue > 0.01
+    assert torch.equal(orders.sort(-1).values, torch.arange(2).expand(3000, 2, 2))
+
+
+def test_patches_of_bytes_stay_bytes_and_one_patch_is_the_image() -> None:
+    images = draw_images(4, 3, 8, 8, dtype=torch.uint8)
+    assert apply_patch_orders(images, draw_patch_orders(seeded(), 4, 2)).dtype == torch.uint8
+    assert torch.equal(apply_patch_orders(images, draw_patch_orders(seeded(), 4, 1)), images)
+
+
+@pytest.mark.parametrize(
+    "kind", ["crops", "flips", "shift", "shifts", "patch orders", "resized crops", "mixup", "cutmix"]
+)
 def test_gradients_reach_the_pixels(kind: str) -> None:
     images = torch.rand(4, 2, 6, 6, dtype=torch.float64, generator=seeded(), requires_grad=True)
     generator = seeded(1)
@@ -224,6 +260,7 @@ def test_gradients_reach_the_pixels(kind: str) -> None:
         "flips": (apply_flips, draw_flips(generator, 4)),
         "shift": (apply_shift, draw_shift(generator, 3)),
         "shifts": (apply_shifts, draw_shifts(generator, 4, 3)),
+        "patch orders": (apply_patch_orders, draw_patch_orders(generator, 4, 3)),
         "resized crops": (apply_resized_crops, draw_resized_crops(generator, 4, 6, 6), 3),
         "mixup": (apply_mixup, draw_mixup(generator, 4, 0.8, folded=True)),
         "cutmix": (apply_cutmix, draw_cutmix(generator, 4, 1.0, 6, 6)),
@@ -305,6 +342,7 @@ def test_the_input_is_never_changed() -> None:
     apply_crops(images, draw_crops(generator, 6, 2), 2)
     apply_flips(images, draw_flips(generator, 6))
     apply_shifts(images, draw_shifts(generator, 6, 2))
+    apply_patch_orders(images, draw_patch_orders(generator, 6, 2))
     apply_resized_crops(images, draw_resized_crops(generator, 6, 8, 8), 8)
     apply_mixup(images, draw_mixup(generator, 6, 1.0, folded=True))
     apply_cutmix(images, draw_cutmix(generator, 6, 1.0, 8, 8))
@@ -327,6 +365,9 @@ def test_a_batch_in_chunks_gives_what_the_whole_gives() -> None:
         (lambda: draw_crops(seeded(), 4, -1), "padding=-1"),
         (lambda: draw_flips(seeded(), 0), "batch=0"),
         (lambda: draw_shift(seeded(), -2), "limit=-2"),
+        (lambda: draw_patch_orders(seeded(), 4, 0), "patches=0"),
+        (lambda: apply_patch_orders(torch.zeros(4, 3, 8, 8), draw_patch_orders(seeded(), 4, 9)), "patches=9.*1 to 8"),
+        (lambda: apply_patch_orders(torch.zeros(4, 3, 8, 8), draw_patch_orders(seeded(), 3, 2)), r"orders=\(3, 2, 2\)"),
         (lambda: draw_resized_crops(seeded(), 4, 8, 8, scale=(0.5, 0.2)), r"scale=\(0.5, 0.2\)"),
         (lambda: draw_resized_crops(seeded(), 4, 8, 8, ratio=(0.0, 1.0)), r"ratio=\(0.0, 1.0\)"),
         (lambda: draw_mixup(seeded(), 4, 0.0, folded=True), "beta=0.0"),

@@ -114,7 +114,7 @@ def test_a_students_batches_are_made_and_learned_on_the_device(
 ) -> None:
     distilled = infer.distill(build_toy(), [teacher_on(plan)], 5, InferConfig(steps=1), 0, plan, Run())
     distilled = attach_labels(distilled, kind, [teacher_on(plan)], plan, Run())
-    train = replace(CIFAR_STUDENT, batch_size=4, resized_crop=resized_crop)
+    train = replace(CIFAR_STUDENT, batch_size=4, resized_crop=resized_crop, shuffle_patches=2)
     draw_batch = build_draws(distilled, train, [teacher_on(accelerator)], accelerator)
     images, targets = draw_batch(torch.arange(4), build_generator(0, "batch"))
     assert images.device.type == targets.device.type == "meta"

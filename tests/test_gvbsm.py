@@ -13,8 +13,9 @@ from conftest import TOY_CLASSES, ToyNet, build_toy_teacher, stopping_again_and_
 from test_infer import numpy_forward, numpy_label_loss
 from torch import nn
 
+from stillroom.augment import draw_crops
 from stillroom.compute import Plan, build_generator
-from stillroom.data import RealData
+from stillroom.data import MemoryImages, RealData
 from stillroom.errors import StillroomError
 from stillroom.methods import gvbsm
 from stillroom.methods.gvbsm import (
@@ -28,9 +29,10 @@ from stillroom.methods.gvbsm import (
     matching_loss,
     patch_moments,
 )
+from stillroom.methods.pixels import class_blocks
+from stillroom.recipes import find_recipe
 from stillroom.run import Run
 from stillroom.teachers import Teacher
-from stillroom.train import apply_normalization
 
 QUICK = GvbsmConfig(steps=6, shift_limit=1, crop_padding=1, images_per_batch=10)
 
@@ -175,27 +177,42 @@ def test_large_images_are_averaged_down_before_their_gram_matrix() -> None:
     )
 
 
-def test_real_statistics_are_the_mean_of_those_of_batches(toy: RealData, plan: Plan, tmp_path: Path) -> None:
-    """96 images in batches of 64 and 32, each of which counts by its images; BatchNorms keep their own."""
+@pytest.mark.parametrize("augmentation", ["none", "crop_shift"])
+def test_real_statistics_are_those_of_all_images_cropped_with_a_black_border(
+    toy: RealData, plan: Plan, tmp_path: Path, augmentation: str
+) -> None:
+    """96 images in batches of 64 and 32; BatchNorms keep their own."""
     teacher = build_toy_teacher(1)
-    config = replace(QUICK, augmentation="none")
+    config = replace(QUICK, augmentation=augmentation, crop_padding=3)
     with Run(tmp_path / "run") as run:
         found = gather_statistics(teacher, toy, config, 0, plan, run)
         assert torch.equal(found, gather_statistics(teacher, toy, config, 0, plan, run))
-    x = apply_normalization(toy.train.batch(torch.arange(96)), toy.mean, toy.std).double().numpy()
+    pixels = toy.train.images.numpy()
+    if augmentation == "crop_shift":
+        bordered, pieces = np.pad(pixels, ((0, 0), (0, 0), (3, 3), (3, 3))), []
+        for index, rows in enumerate((range(64), range(64, 96))):
+            corners = draw_crops(build_generator(0, "statistics", teacher.name, index), len(rows), 3).tolist()
+            pieces += [
+                bordered[row, :, top : top + 8, left : left + 8] for row, (top, left) in zip(rows, corners, strict=True)
+            ]
+        pixels = np.stack(pieces)
+    x = (pixels / 255 - np.array(toy.mean)[:, None, None]) / np.array(toy.std)[:, None, None]
     layout = Matcher(teacher.model, 1, 4).find_layout(8)
-    for index, (piece, first, last) in enumerate(
-        zip(
-            found.split(layout.lengths),
-            numpy_statistics(teacher.model, x[:64], 4),
-            numpy_statistics(teacher.model, x[64:], 4),
-            strict=True,
-        )
+    for index, (piece, expected) in enumerate(
+        zip(found.split(layout.lengths), numpy_statistics(teacher.model, x, 4), strict=True)
     ):
-        expected = (64 * first + 32 * last) / 96
-        if index in (4, 5, 10, 11):
-            expected = layout.known.split(layout.lengths)[index]
+        own = index in (4, 5, 10, 11)
+        expected = layout.known.split(layout.lengths)[index] if own else expected
         np.testing.assert_allclose(piece, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_real_statistics_do_not_depend_on_the_order_of_images(toy: RealData, plan: Plan) -> None:
+    """Folders are read class by class: the variances of batches of one class leave out what tells classes apart."""
+    teacher, config = build_toy_teacher(1), replace(QUICK, augmentation="none")
+    order = toy.train.labels.argsort(stable=True)
+    ordered = replace(toy, train=MemoryImages(toy.train.images[order], toy.train.labels[order]))
+    found, same = (gather_statistics(teacher, real, config, 0, plan, Run()) for real in (toy, ordered))
+    torch.testing.assert_close(found, same, rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_s_terms_agree_with_numpy(toy: RealData, plan: Plan) -> None:
@@ -235,6 +252,35 @@ def test_teachers_take_turns_and_convolutions_are_dropped_by_chance(toy: RealDat
     kept = torch.stack([draw_kept(layout, 0.4, build_generator(seed)) for seed in range(400)]).mean(0)
     assert kept[1] == kept[3] == 1
     assert ((kept[[0, 2]] - 0.6).abs() < 0.08).all()
+
+
+def test_rounds_give_each_class_its_share_of_the_slots_in_turn() -> None:
+    """Tiny-ImageNet's script: of 50 images per class a block of 50 has 5 of each of 10 classes, not one class whole."""
+    blocks = class_blocks(50, 200, 50, rounds=10)
+    slots, labels = (torch.stack(blocks) // 200).numpy(), (torch.stack(blocks) % 200).numpy()
+    order = np.arange(10_000).reshape(10, 5, 200).transpose(0, 2, 1).reshape(200, 50)  # [round, class, slot of it]
+    np.testing.assert_array_equal(200 * slots + labels, order)
+    assert all(len(set(block)) == 10 for block in labels)
+    assert torch.equal(torch.cat(class_blocks(7, 3, 4, rounds=2)), torch.tensor(
+        [0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11, 12, 15, 18, 13, 16, 19, 14, 17, 20]
+    ))  # fmt: skip
+    assert torch.equal(torch.cat(class_blocks(2, 3, 4, rounds=9)), torch.arange(6))
+
+
+def test_a_round_per_slot_makes_blocks_of_one_image_per_class(
+    toy: RealData, toy_teachers: list[Teacher], plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gvbsm, "gather_statistics", lambda *_: torch.zeros(58))
+    asked: list[torch.Tensor] = []
+
+    def recover(config: GvbsmConfig, real: RealData, teachers: object, blocks: list[torch.Tensor], *_: object) -> Any:
+        asked.extend(blocks)
+        return torch.zeros(12, 3, 8, 8, dtype=torch.uint8)
+
+    monkeypatch.setattr(gvbsm, "recover_images", recover)
+    made = gvbsm.distill(toy, toy_teachers, 3, replace(QUICK, rounds=3, images_per_batch=4), 0, plan, Run())
+    assert [block.tolist() for block in asked] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert made.manifest.recipe["gvbsm"]["rounds"] == 3
 
 
 def test_images_are_ipc_of_each_class_and_reach_a_lower_loss(
@@ -287,6 +333,7 @@ def test_stopped_and_resumed_images_have_the_bits_of_an_uninterrupted_run(
         ({"drop_rate": -0.1}, "gvbsm.drop_rate is -0.1"),
         ({"patch_side": 0}, "gvbsm.patch_side is 0"),
         ({"images_per_batch": 0}, "gvbsm.images_per_batch is 0"),
+        ({"rounds": 0}, "gvbsm.rounds is 0"),
         ({"augmentation": "crop"}, "gvbsm.augmentation is 'crop'"),
     ],
 )
@@ -301,3 +348,26 @@ def test_a_teacher_without_layers_to_match_and_no_teacher_at_all_are_refused(toy
         gvbsm.check(toy, {"toynet": ToyNet(0), "plain": plain}, 1, QUICK)
     with pytest.raises(StillroomError, match="gvbsm needs at least one teacher"):
         gvbsm.check(toy, {}, 1, QUICK)
+
+
+def test_recipes_have_the_scripts_settings() -> None:
+    for source, block, rounds, optimizer, decay, weight, equal in (
+        ("cifar10", 100, 1, "adamw", 0.0, 0.15, False), ("cifar100", 50, 1, "sgd", 5e-4, 0.15, False),
+        ("tiny-imagenet", 50, 10, "sgd", 5e-4, 0.1, False), ("imagenet", 40, 1, "adamw", 0.01, 0.1, True),
+    ):  # fmt: skip
+        recipe = find_recipe(f"gvbsm-{source}-ipc50")
+        assert (recipe.gvbsm.images_per_batch, recipe.gvbsm.rounds) == (block, rounds)
+        assert (recipe.gvbsm.steps, recipe.gvbsm.statistics_weight, recipe.gvbsm.densification_weight) == (
+            4000,
+            0.01,
+            1,
+        )
+        train = recipe.student.train_for("dynamic")
+        assert (train.optimizer, train.weight_decay, train.decay_norms, train.cutmix_beta) == (
+            optimizer,
+            decay,
+            False,
+            1,
+        )
+        assert (recipe.student.loss, recipe.student.hard_weight) == ("mse_hard", weight)
+        assert recipe.teachers.equal_norms == equal

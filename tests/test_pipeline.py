@@ -350,6 +350,7 @@ def test_the_papers_number_stands_only_beside_the_papers_work(toy: RealData) -> 
         {"data": replace(recipe.data, holdout_per_class=5)},
         {"data": replace(recipe.data, train_per_class=5)},
         {"teachers": replace(recipe.teachers, networks=("resnet18",))},
+        {"teachers": replace(recipe.teachers, equal_norms=True)},
         {"infer": replace(recipe.infer, steps=999)},
         {"image_encoding": "jpeg75"},
         {"ipc": 9},

@@ -207,9 +207,11 @@ def test_losses_that_are_not_finite_name_teacher_and_class(toy: RealData, plan: 
 
 
 def test_mosaics_go_through_a_whole_run_beside_their_control(toy_recipe: Recipe, tmp_path: Path) -> None:
+    shuffling = replace(toy_recipe.student.train, shuffle_patches=2, cosine_slowdown=2.0)
     recipe = replace(
-        toy_recipe, method="rded", rded=replace(QUICK, factor=2, candidates=20), labels=("dynamic",), seeds=(0,)
-    )
+        toy_recipe, method="rded", rded=replace(QUICK, factor=2, candidates=20), labels=("dynamic",), seeds=(0,),
+        student=replace(toy_recipe.student, train=shuffling),
+    )  # fmt: skip
     with Run(tmp_path / "run") as run:
         results = run_recipe(recipe, run)
         assert run.unit_done("rded")
@@ -228,4 +230,5 @@ def test_recipes_have_the_scripts_settings() -> None:
         assert (recipe.rded.candidates, recipe.rded.crops_per_image) == (300, 5)
         train = recipe.student.train_for("dynamic")
         assert (train.epochs, train.batch_size, train.crop_padding, train.resized_crop) == (300, batch, 0, factor == 2)
+        assert (train.shuffle_patches, train.cosine_slowdown) == (factor, 2.0)
         assert np.isclose(recipe.student.temperature, 20)

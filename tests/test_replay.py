@@ -41,6 +41,7 @@ TRAIN = TrainConfig(
     epochs=9, batch_size=8, optimizer="adamw", learning_rate=1e-2, crop_padding=1, flip=False, mixup_beta=0.8
 )
 CUT = replace(TRAIN, mixup_beta=0.0, cutmix_beta=1.0)
+CROPPED = replace(TRAIN, crop_padding=0, resized_crop=True, mixup_folded=True)
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def train_losses(
 # ---- what is replayed
 
 
-@pytest.mark.parametrize("train", [TRAIN, CUT, replace(TRAIN, crop_padding=0, resized_crop=True, mixup_folded=True)])
+@pytest.mark.parametrize("train", [TRAIN, CUT, CROPPED, replace(CROPPED, shuffle_patches=2)])
 def test_a_pool_of_as_many_epochs_as_a_training_has_gives_the_batches_of_dynamic_labels(
     bare: DistilledSet, toy_teachers: list[Teacher], plan: Plan, train: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,7 +218,7 @@ def test_every_setting_of_training_decides_batches_or_does_not() -> None:
     """A new setting must be put among one or the other, or labels would be replayed to batches of another."""
     free = {
         "epochs", "optimizer", "learning_rate", "weight_decay", "momentum", "nesterov", "schedule", "warmup_fraction",
-        "decay_norms",
+        "decay_norms", "cosine_slowdown",
     }  # fmt: skip
     decide = {field.name for field in fields(BatchSettings)}
     assert decide | free == {field.name for field in fields(TrainConfig)}
@@ -243,9 +244,23 @@ def test_draws_are_those_of_the_seed_scheme(bare: DistilledSet) -> None:
     """Where this fails, draws have changed: raise compute.SEED_SCHEME, or stored labels go with other images."""
     digests = [
         replay.fingerprint_draws(bare, train, Epochs(24, 8, 3, ("student",)))[:12]
-        for train in (TRAIN, CUT, replace(TRAIN, resized_crop=True, mixup_folded=True))
+        for train in (TRAIN, CUT, CROPPED, replace(CUT, shuffle_patches=3))
     ]
-    assert digests == ["323bd6a047ef", "4b62eb53e373", "a4f0e4d28a93"]
+    assert digests == ["323bd6a047ef", "4b62eb53e373", "a4f0e4d28a93", "fa84bc63fcbb"]
+
+
+def test_labels_stored_before_patches_could_be_shuffled_are_replayed_to_patches_as_they_are(
+    bare: DistilledSet, toy_teachers: list[Teacher], plan: Plan, tmp_path: Path
+) -> None:
+    made = replayed(bare, toy_teachers, plan, epochs=1)
+    made.save(tmp_path / "set")
+    obj = json.loads((tmp_path / "set" / "manifest.json").read_bytes())
+    del obj["pool"]["batches"]["shuffle_patches"]
+    (tmp_path / "set" / "manifest.json").write_bytes(reseal(obj))
+    old = load_distilled(tmp_path / "set")
+    assert old.manifest.pool == made.manifest.pool
+    with pytest.raises(StillroomError, match="shuffle_patches 2 here, 1 there"):
+        replay.replayed_epochs(old, replace(TRAIN, shuffle_patches=2))
 
 
 def test_teachers_whose_logits_are_not_finite_are_refused_and_nothing_is_kept(
@@ -451,6 +466,7 @@ def test_label_bytes_of_an_evaluation_are_those_stored(
         (lambda m: m["pool"]["batches"].update(batch_size=6), r"must hold top4 \[2, 4, 6, 12\]"),
         (lambda m: m["pool"]["batches"].update(batch_size=0), "pool.batches.batch_size is 0"),
         (lambda m: m["pool"]["batches"].update(crop_padding="1"), "pool.batches.crop_padding is '1'"),
+        (lambda m: m["pool"]["batches"].update(shuffle_patches=0), "pool.batches.shuffle_patches is 0"),
         (lambda m: m["pool"]["batches"].update(resized_crop_scale=[1.0]), "needs two numbers"),
         (lambda m: m["pool"]["batches"].pop("cutmix_beta"), "pool.batches lacks cutmix_beta"),
         (lambda m: m["pool"].update(more=1), "pool has an unknown key 'more'"),

@@ -223,6 +223,22 @@ def test_dynamic_labels_are_the_teachers_opinion_of_the_augmented_and_mixed_batc
     assert torch.equal(images, static_images)  # the kind of label changes the label alone
 
 
+def test_teachers_of_equal_norms_count_alike_however_large_their_logits_are(
+    distilled: DistilledSet, toy_teachers: list[Teacher], plan: Plan
+) -> None:
+    """G-VBSM's z_i sum_j ||z_j|| / (N ||z_i||), norms over the batch; a teacher alone is itself."""
+    first, second = (replace(teacher, equal_norms=True) for teacher in toy_teachers)
+    second.model[-1].weight.data *= 5
+    second.model[-1].bias.data *= 5
+    rows, dynamic = torch.arange(8), distilled.with_labels(None, "dynamic")
+    images, targets = build_draws(dynamic, MIXED, [first, second], plan)(rows, build_generator(1))
+    z = np.stack([numpy_forward(teacher.model, images.double().numpy())[0] for teacher in (first, second)])
+    norms = [np.sqrt((logits**2).sum()) for logits in z]
+    expected = sum(logits * sum(norms) / (2 * norm) for logits, norm in zip(z, norms, strict=True)) / 2
+    np.testing.assert_allclose(targets.double().numpy(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ensemble_logits([first], plan)(images), first.model(images))
+
+
 def test_dynamic_labels_without_teachers_are_refused(distilled: DistilledSet, plan: Plan) -> None:
     with pytest.raises(StillroomError, match="at least one teacher"):
         build_draws(distilled.with_labels(None, "dynamic"), PLAIN, [], plan)

@@ -8,7 +8,7 @@ import json
 import pickle
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from stillroom.data import MemoryImages, RealData
 from stillroom.errors import StillroomError, TimeLimitReached
 from stillroom.run import Run
 from stillroom.teachers import (
+    STUDENT_SETTINGS,
+    TEACHER_RECIPES,
     TeachersConfig,
     cache_entry,
     cache_root,
@@ -36,7 +38,7 @@ from stillroom.teachers import (
     load_teachers,
     teacher_key,
 )
-from stillroom.train import apply_normalization, measure_accuracy
+from stillroom.train import TrainConfig, apply_normalization, measure_accuracy
 
 QUICK = TeachersConfig(("toynet",), recipe="fast", epochs=3, batch_size=16, learning_rate=0.05)
 
@@ -73,6 +75,10 @@ def test_a_teacher_is_trained_once_measured_frozen_and_then_read_from_the_cache(
     monkeypatch.setattr(teachers_module, "fit", refuse_to_train)
     (second,) = load_teachers(toy, QUICK, plan, Run())
     assert second.facts() == first.facts()
+    (scaled,) = load_teachers(
+        toy, replace(QUICK, equal_norms=True), plan, Run()
+    )  # the same teacher, labelling otherwise
+    assert (first.equal_norms, scaled.equal_norms, scaled.hash) == (False, True, first.hash)
     assert hash_weights(second.model) == hash_weights(first.model) == first.hash
 
 
@@ -118,12 +124,21 @@ def test_the_cache_key_changes_with_each_thing_that_decides_the_weights(toy: Rea
     assert len(set(entries)) == 2 + len(data) + len(settings) + len(plans)
 
 
+def test_the_cache_key_leaves_out_settings_of_training_that_only_students_have(toy: RealData, plan: Plan) -> None:
+    """What came after teachers were first cached; none of them may be trained again for it."""
+    plain = TrainConfig()
+    for recipe in TEACHER_RECIPES.values():
+        assert all(getattr(recipe, name) == getattr(plain, name) for name in STUDENT_SETTINGS)
+    train = teacher_key("toynet", toy, QUICK, plan)["train"]
+    assert train.keys() == {field.name for field in fields(TrainConfig)} - set(STUDENT_SETTINGS)
+
+
 def test_the_cache_key_does_not_change_with_what_leaves_the_weights_alone(toy: RealData, plan: Plan) -> None:
     entry = cache_entry("toynet", toy, QUICK, plan)
     assert cache_entry("toynet", toy, QUICK, replace(plan, pack_slots=9)) == entry
     cards = [cache_entry("toynet", toy, QUICK, replace(plan, device=name)) for name in ("cuda", "cuda:0", "cuda:1")]
     assert len(set(cards)) == 1  # the plan's processor names the kind of card
-    assert cache_entry("toynet", toy, replace(QUICK, networks=("toynet", "convnet")), plan) == entry
+    assert cache_entry("toynet", toy, replace(QUICK, networks=("toynet", "convnet"), equal_norms=True), plan) == entry
     same = replace(toy, train=MemoryImages(toy.train.images.clone(), toy.train.labels.clone()))
     assert cache_entry("toynet", same, QUICK, plan) == entry
     assert json.dumps(teacher_key("toynet", toy, QUICK, plan))  # it is kept as JSON beside the weights

@@ -14,6 +14,7 @@ import torch
 from conftest import TOY_CLASSES, ToyNet
 from torch import Tensor, nn
 
+from stillroom import augment
 from stillroom import run as run_module
 from stillroom import train as train_module
 from stillroom.compute import Plan
@@ -65,6 +66,16 @@ def test_cosine_falls_once_an_epoch_from_the_configured_rate_towards_zero() -> N
     rates = [schedule_rate(config, step, total_steps=40, steps_per_epoch=10) for step in range(40)]
     expected = np.repeat([0.2 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)], 10)
     np.testing.assert_allclose(rates, expected)
+
+
+@pytest.mark.parametrize("zeta", [1.5, 2.0])
+def test_a_slow_cosine_goes_a_part_of_its_way_as_edc_writes_it(zeta: float) -> None:
+    """mu(i) = (1 + cos(i pi / (zeta N))) / 2; RDED's zeta of 2 would reach one half after the last epoch."""
+    config = TrainConfig(learning_rate=0.2, cosine_slowdown=zeta)
+    rates = [schedule_rate(config, step, total_steps=20, steps_per_epoch=2) for step in range(22)]
+    expected = 0.2 * (1 + np.cos(np.pi * np.arange(11) / (zeta * 10))) / 2
+    np.testing.assert_allclose(rates, np.repeat(expected, 2))
+    assert zeta != 2 or rates[-1] == pytest.approx(0.1)
 
 
 def test_one_cycle_rises_in_a_line_to_its_peak_and_falls_in_a_line_to_zero() -> None:
@@ -308,6 +319,24 @@ def test_accuracy_is_measured_at_the_asked_intervals_and_training_goes_on_in_tra
     assert all(modes)
 
 
+def test_patches_are_shuffled_before_crops_and_nothing_else_is_drawn_for_it_where_it_is_off() -> None:
+    """As RDED does: the tiles change places, then a crop may take pixels of several."""
+    images = torch.arange(3 * 8 * 8, dtype=torch.float32).view(1, 3, 8, 8).expand(5, 3, 8, 8)
+    config, seed = replace(SGD, crop_padding=2, shuffle_patches=2), 3
+    generator = torch.Generator().manual_seed(seed)
+    orders = augment.draw_patch_orders(generator, 5, 2)
+    shuffled = torch.stack([
+        torch.cat([torch.cat([image[:, 4 * r : 4 * r + 4, 4 * c : 4 * c + 4] for c in across], 2) for r in down], 1)
+        for image, (down, across) in zip(images, orders.tolist(), strict=True)
+    ])  # fmt: skip
+    expected = augment.apply_crops(shuffled, augment.draw_crops(generator, 5, 2), 2)
+    assert torch.equal(augment_images(images, config, False, torch.Generator().manual_seed(seed)), expected)
+    off, drawn = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+    augment_images(images, replace(config, shuffle_patches=1), False, off)
+    augment.draw_crops(drawn, 5, 2)
+    assert torch.equal(off.get_state(), drawn.get_state())
+
+
 def test_training_leaves_the_global_random_state_as_it_was(toy: RealData, plan: Plan) -> None:
     before = torch.get_rng_state()
     train(toy, plan, Run(), DropoutNet(0))
@@ -340,6 +369,9 @@ def test_toynet_learns_the_toy_world(toy: RealData, plan: Plan) -> None:
         ({"learning_rate": 0.0}, "train.learning_rate is 0.0"),
         ({"learning_rate": float("inf")}, "train.learning_rate is inf"),
         ({"warmup_fraction": 1.0}, "train.warmup_fraction is 1.0"),
+        ({"cosine_slowdown": 0.5}, "train.cosine_slowdown is 0.5; give 1"),
+        ({"cosine_slowdown": float("nan")}, "train.cosine_slowdown is nan"),
+        ({"shuffle_patches": 0}, "train.shuffle_patches is 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, float], message: str) -> None:

@@ -36,9 +36,14 @@ def slot_blocks(ipc: int, classes: int, classes_per_batch: int) -> list[Tensor]:
     return [block for slot in slots for block in slot.split(classes_per_batch)]
 
 
-def class_blocks(ipc: int, classes: int, images_per_batch: int) -> list[Tensor]:
-    """Return G-VBSM's blocks, positions int64 [images] each: class by class, all images of a class in a row."""
-    return list(torch.arange(ipc * classes).view(ipc, classes).t().flatten().split(images_per_batch))
+def class_blocks(ipc: int, classes: int, images_per_batch: int, rounds: int = 1) -> list[Tensor]:
+    """Return G-VBSM's blocks, positions int64 [images] each: class by class, all images of a class in a row.
+
+    In several rounds over the classes each has its share of the slots; where the budget is less, a round has one slot.
+    """
+    shares = torch.arange(ipc).tensor_split(rounds)
+    order = [slots * classes + label for slots in shares for label in range(classes)]
+    return list(torch.cat(order).split(images_per_batch))
 
 
 def pack_blocks(blocks: list[Tensor], classes: int, pack_slots: int) -> list[range]:
