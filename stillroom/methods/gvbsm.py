@@ -32,7 +32,7 @@ from stillroom.data import RealData
 from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError, check_choices
 from stillroom.methods.pixels import class_blocks, recover_images, recover_set
-from stillroom.methods.recover import Terms, augment_group, channel_moments, check_descent, make_once
+from stillroom.methods.recover import Terms, channel_moments, check_descent, draw_augment, make_once
 from stillroom.run import Run
 from stillroom.teachers import Teacher
 from stillroom.train import apply_normalization
@@ -297,10 +297,11 @@ def gather_statistics(teacher: Teacher, real: RealData, config: GvbsmConfig, see
             for index in range(first, len(batches)):
                 images = real.train.batch(batches[index]).to(plan.device)
                 images = apply_normalization(images, real.mean, real.std)
-                images = augment_group(
-                    images, config.augmentation, build_generator(seed, "statistics", teacher.name, index),
-                    shift_limit=0, per_image=True, flip=real.flip, crop_padding=config.crop_padding,
+                augment = draw_augment(
+                    config.augmentation, build_generator(seed, "statistics", teacher.name, index), len(images),
+                    real.image_size, shift_limit=0, per_image=True, flip=real.flip, crop_padding=config.crop_padding,
                 )  # fmt: skip
+                images = augment(images, slice(None))
                 _, statistics = matcher(images.contiguous(memory_format=plan.memory_format))
                 total += statistics[0] * (len(images) / len(real.train))
                 advance()
@@ -355,10 +356,10 @@ def build_terms(
         compute, layout = matchings[turn]
         views = torch.cat(
             [
-                augment_group(
-                    own, config.augmentation, draws, shift_limit=config.shift_limit, per_image=config.per_image,
-                    flip=real.flip, crop_padding=config.crop_padding,
-                )
+                draw_augment(
+                    config.augmentation, draws, len(own), real.image_size, shift_limit=config.shift_limit,
+                    per_image=config.per_image, flip=real.flip, crop_padding=config.crop_padding,
+                )(own, slice(None))
                 for own, draws in zip(pixels, generators, strict=True)
             ]
         )  # fmt: skip
