@@ -41,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stillroom import augment
 from stillroom.compute import Plan, build_generator
 from stillroom.data import RealData
-from stillroom.methods.infer import InferConfig, begin_descent, losses_for
+from stillroom.methods.infer import InferConfig, begin_descent, objective_for
 from stillroom.networks import build_network
 from stillroom.train import apply_normalization
 
@@ -77,13 +77,13 @@ class OurLoop:
         self.naturals = naturals.expand(self.slots, *naturals.shape)
         plan.activate()
         model = plan.place(copy.deepcopy(teacher))
-        self.compute_losses = losses_for(model, self.slots, InferConfig(), plan, InferConfig().steps)
+        self.objective = objective_for(model, self.slots, InferConfig(), plan, InferConfig().steps)
         self.begin(InferConfig().steps)
 
     def begin(self, steps: int) -> None:
         """Begin an optimisation of `steps` steps from zero."""
         self.config, self.taken = InferConfig(steps=steps), 0
-        self.descent = begin_descent(self.naturals, self.real, self.config, self.plan, self.compute_losses)
+        self.descent = begin_descent(self.naturals, self.real, self.config, self.plan, self.objective)
 
     def step(self, generators: list[torch.Generator]) -> Tensor:
         """Take one step and return the statistics losses [slots], without waiting for the device."""

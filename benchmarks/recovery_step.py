@@ -44,7 +44,7 @@ from stillroom.data import RealData
 from stillroom.methods import gvbsm, sre2l
 from stillroom.methods.gvbsm import GvbsmConfig, Layout
 from stillroom.methods.pixels import class_blocks, slot_blocks
-from stillroom.methods.recover import Descent, build_losses
+from stillroom.methods.recover import Descent, build_objective
 from stillroom.methods.sre2l import Sre2lConfig
 from stillroom.run import Run
 from stillroom.teachers import Teacher
@@ -86,7 +86,7 @@ class OurLoop:
         model = plan.place(copy.deepcopy(teacher))
         config, calls = settings_of(method, 1000), 1000
         if isinstance(config, Sre2lConfig):
-            self.compute: Any = build_losses(
+            self.compute: Any = build_objective(
                 model, self.slots, config.first_layer_weight, config.statistics_weight, plan, calls
             )
         else:

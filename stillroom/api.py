@@ -75,7 +75,7 @@ def distill(
         raise StillroomError(f"labels is {labels!r}." + suggest(labels, kinds))
     if method not in METHODS:
         raise StillroomError(f"there is no method {method!r}." + suggest(method, METHODS))
-    plan, run = _plan(compute, real.classes * real.image_size**2), Run()
+    plan, run = _plan(compute, real), Run()
     config = _with(METHODS[method].config(), settings, f"distill({method!r})")
     distilled = (
         METHODS[method].distill(real, teachers, ipc, config, seed, plan, run).with_image_encoding(image_encoding)
@@ -114,8 +114,9 @@ def evaluate(
     return evaluate_students(distilled, real, config, which, _plan(compute), Run(), teachers=labelled_by)
 
 
-def _plan(compute: ComputeConfig | None, slot_pixels: int = 0) -> Plan:
-    plan = resolve_plan(compute or ComputeConfig(), slot_pixels=slot_pixels)
+def _plan(compute: ComputeConfig | None, real: RealData | None = None) -> Plan:
+    slot = (0, 0) if real is None else (real.classes, real.image_size)
+    plan = resolve_plan(compute or ComputeConfig(), slot=slot)
     plan.activate()
     return plan
 

@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import importlib.util
 import logging
+import math
 import os
 import platform
 import shutil
@@ -19,6 +20,7 @@ import sysconfig
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -33,6 +35,11 @@ SEED_SCHEME = 1
 # compensator step compiles in 35 s and saves 0.14 s a step, MobileNetV2's in 83 to 161 s and saves 0.55 s. Training:
 # convnet's in 13 s and saves 8 ms, ResNet-18's in 38 s and saves 4 ms.
 COMPILE_FROM_STEPS = {"recovery": 300, "training": 5000}
+
+# What a recovery's step keeps for its backward pass, in bytes per pixel of the images, by their largest side: float32,
+# eager, of the hungriest network measured (MobileNetV2), whose stem halves images of more than 64 px at once.
+ACTIVATION_BYTES = ((64, 24_000), (math.inf, 6_000))
+MEMORY_SHARE = 0.6  # of what is free, that activations may take
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -68,6 +75,7 @@ class ComputeConfig:
     compile: Literal["auto", "on", "off"] = "auto"  # auto: where the number of steps repays the compilation
     threads: int | None = None  # CPU threads; None: all cores that this process may use
     pack_slots: int | None = None  # slots of one teacher optimised in one step; None: chosen for device and images
+    chunk_images: int | None = None  # of a slot that pass together; 0: all; None: chosen by free memory
 
     def __post_init__(self) -> None:
         check_choices(self, "compute")
@@ -75,6 +83,10 @@ class ComputeConfig:
             raise StillroomError(f"compute.threads is {self.threads}; give 1 or more, or leave it out for all cores")
         if self.pack_slots is not None and self.pack_slots < 1:
             raise StillroomError(f"compute.pack_slots is {self.pack_slots}; give 1 or more, or leave it out")
+        if self.chunk_images is not None and self.chunk_images < 0:
+            raise StillroomError(
+                f"compute.chunk_images is {self.chunk_images}; give 1 or more, 0 for whole slots, or leave it out"
+            )
 
 
 class Float32Conv2d(nn.Conv2d):
@@ -86,7 +98,7 @@ class Float32Conv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.float()).to(input.dtype)
+            return super().forward(input.to(self.weight.dtype)).to(input.dtype)
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,7 @@ class Plan:
     processor: str
     torch_version: str
     seed_scheme: int
+    chunk_images: int = 0  # of a slot that pass at a time; 0: all at once, as in plans of before there was a choice
 
     def activate(self) -> None:
         """Set the process-wide switches that the plan implies (threads, deterministic kernels, TensorFloat-32)."""
@@ -152,11 +165,14 @@ class Plan:
 
 
 def resolve_plan(
-    config: ComputeConfig, notify: Callable[[str], None] = lambda message: None, slot_pixels: int = 0
+    config: ComputeConfig,
+    notify: Callable[[str], None] = lambda message: None,
+    slot: tuple[int, int] = (0, 0),
 ) -> Plan:
     """Resolve `config` on this machine; `notify` gets one line where something asked for cannot be had.
 
-    `slot_pixels`: images of a slot times their pixels, by which the packing is chosen; 0: not known, one slot a step.
+    slot: its images and their side in pixels, by which packing and chunks are chosen; 0: not known, one whole slot a
+    step.
 
     Raises StillroomError for a device that is not here.
     """
@@ -178,22 +194,56 @@ def resolve_plan(
         notify(f"running without torch.compile: {missing}")
         compile_mode = "off"
     precision = config.precision if config.precision != "auto" else ("bfloat16" if _fast_bfloat16(kind) else "float32")
+    slot_images, image_size = slot
+    pack_slots = config.pack_slots or (_pack_for_gpu(slot_images * image_size**2) if kind == "cuda" else 1)
+    chunk_images = config.chunk_images
+    if chunk_images is None:
+        chunk_images = _chunk_for_memory(_free_memory(device), slot_images, image_size, pack_slots)
     return Plan(
         device=device,
         precision=precision,
         compile=compile_mode,
         threads=config.threads or _usable_cores(),
         channels_last=kind != "mps",
-        pack_slots=config.pack_slots or (_pack_for_gpu(slot_pixels) if kind == "cuda" else 1),
+        pack_slots=pack_slots,
         processor=torch.cuda.get_device_name(device) if kind == "cuda" else _processor(),
         torch_version=torch.__version__,
         seed_scheme=SEED_SCHEME,
+        chunk_images=chunk_images,
     )
 
 
 def _pack_for_gpu(slot_pixels: int) -> int:
     """A large GPU starves on 100 small images; two thousand of 32 px fill it, as does one slot of ImageNet."""
     return max(1, 2000 * 32 * 32 // slot_pixels) if slot_pixels else 1
+
+
+def _chunk_for_memory(free: int | None, slot_images: int, image_size: int, pack_slots: int) -> int:
+    """Return how many images of a slot may pass together, a power of two, or 0 for all: those that memory holds."""
+    if free is None or not slot_images:
+        return 0
+    bytes_per_pixel = next(held for side, held in ACTIVATION_BYTES if image_size <= side)
+    most = int(MEMORY_SHARE * free / (bytes_per_pixel * image_size**2 * pack_slots))
+    return 0 if most >= slot_images else 1 << max(0, most.bit_length() - 1)
+
+
+def _free_memory(device: str) -> int | None:
+    """Return the bytes that a process may still take on `device`, or None where the system does not tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    try:  # a container may be allowed less than the machine has
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return free
 
 
 def _keep_freed_memory() -> None:

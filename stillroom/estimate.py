@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from stillroom.logits import count_logit_bytes
 from stillroom.methods import METHODS, gvbsm
 from stillroom.methods.infer import makers_of, slot_count
 from stillroom.methods.pixels import class_blocks, pack_blocks, slot_blocks
-from stillroom.methods.recover import Objective, Recorder, build_objective
+from stillroom.methods.recover import build_objective
 from stillroom.methods.select import SCORING_BATCH, Content
 from stillroom.networks import build_network
 from stillroom.pipeline import check_recipe
@@ -154,10 +155,9 @@ def _compensator_stages(recipe: Recipe, real: RealData, plan: Plan) -> list[Stag
     pack = min(plan.pack_slots, slots)
     for name in makers if config.compensators else ():
         model = build_network(name, real.classes, real.image_size).eval()
-        recorder = Recorder(plan.place(model), pack, config.first_layer_weight)
-        objective = build_objective(recorder, pack, config.statistics_weight)
-        labels = torch.arange(real.classes, device=plan.device).repeat(pack)
-        seconds, memory = _time_steps(_summed(objective, labels), len(labels), real, plan)
+        labels = torch.arange(real.classes, device=plan.device).expand(pack, -1)
+        loss = _objective(model, labels, config, plan)
+        seconds, memory = _time_steps(loss, labels.numel(), real, plan)
         work = f"{slots} slots x {config.steps:,} steps of {real.classes}"
         kept = slots * 3 * real.image_size**2 * config.compensator_bits // 8
         stages.append(Stage(f"compensators {name}", work, seconds * config.steps * slots / pack, memory, kept))
@@ -203,8 +203,7 @@ def _pixel_stages(recipe: Recipe, real: RealData, plan: Plan) -> list[Stage]:
             batches = -(-len(real.train) // gvbsm.GATHER_BATCH)
             stages.append(Stage(f"statistics {name}", f"{len(real.train):,} images", once * batches, 0, 0))
         else:
-            recorder = Recorder(model, packed, recipe.method_config.first_layer_weight)
-            loss = _summed(build_objective(recorder, packed, recipe.method_config.statistics_weight), labels)
+            loss = _objective(model, labels.view(packed, -1), recipe.method_config, plan)
         seconds, memory = _time_steps(loss, len(labels), real, plan)
         share = steps / len(names)  # teachers take turns
         work = f"{len(blocks)} batches x {share:,.0f} steps of {size}"
@@ -227,8 +226,17 @@ def _matching(
     return loss
 
 
-def _summed(objective: Objective, labels: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda views: torch.stack(objective(views, labels)).sum()
+def _objective(model: nn.Module, labels: Tensor, config: Any, plan: Plan) -> Callable[[Tensor], Tensor]:
+    """The loss of a recovery's step as a function of its views [groups * images, 3, height, width]."""
+    groups, eager = len(labels), replace(plan, compile="off")
+    objective = build_objective(
+        plan.place(model), groups, config.first_layer_weight, config.statistics_weight, eager, calls=1
+    )
+
+    def form(views: Tensor, rows: slice) -> Tensor:
+        return views.unflatten(0, (groups, -1))[:, rows].flatten(0, 1)
+
+    return lambda views: torch.stack(objective(views, form, labels)).sum()
 
 
 def _student_stages(

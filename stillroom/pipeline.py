@@ -60,7 +60,7 @@ def open_stages(
     """
     resolve_plan(recipe.compute)  # a device that is not there is refused before the data is read
     real = load_real(recipe.data)
-    plan = resolve_plan(recipe.compute, run.notice, real.classes * real.image_size**2)
+    plan = resolve_plan(recipe.compute, run.notice, (real.classes, real.image_size))
     if real.skipped_images:
         run.notice(f"{real.skipped_images} images of {real.name!r} could not be read and were left out")
     check_recipe(recipe, real) if check is None else check(real)

@@ -239,7 +239,7 @@ _TWO_THIN, _THREE_THIN = (
 _LAPTOP = Recipe(
     teachers=_THREE_THIN,
     infer=InferConfig(steps=150),
-    gvbsm=GvbsmConfig(steps=1000),
+    gvbsm=GvbsmConfig(steps=1000, images_per_batch=50),
     labels=("static", "dynamic"),
     student=protocol_student("laptop", 32),
 )

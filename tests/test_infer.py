@@ -17,7 +17,7 @@ from stillroom.distilled import dequantize_compensators
 from stillroom.errors import StillroomError
 from stillroom.methods import infer
 from stillroom.methods.infer import InferConfig, slot_count
-from stillroom.methods.recover import Recorder, build_objective, cosine_rate, statistics_distance
+from stillroom.methods.recover import build_objective, cosine_rate, deviation_moments, statistics_distance
 from stillroom.methods.select import draw_naturals, take_naturals
 from stillroom.run import Run
 from stillroom.teachers import Teacher
@@ -68,12 +68,12 @@ def numpy_label_loss(logits: np.ndarray, labels: np.ndarray) -> float:
     return -log_probability[np.arange(len(labels)), labels].mean()
 
 
-def test_statistics_loss_and_label_loss_agree_with_numpy_written_from_equations_3_and_4() -> None:
+def test_statistics_loss_and_label_loss_agree_with_numpy_written_from_equations_3_and_4(plan: Plan) -> None:
     net = ToyNet(3).eval().requires_grad_(False)
     views = torch.randn(TOY_CLASSES, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(TOY_CLASSES)
-    objective = build_objective(Recorder(net, 1, 10.0), 1, statistics_weight=0.7)
-    label_loss, statistics_loss = objective(views, labels)
+    objective = build_objective(net, 1, 10.0, 0.7, plan, 1)
+    label_loss, statistics_loss = objective(views, lambda tensor, rows: tensor[rows], labels[None])
     logits, inputs = numpy_forward(net, views.double().numpy())
     assert len(inputs) == 2
     np.testing.assert_allclose(label_loss.item(), numpy_label_loss(logits, labels.numpy()), rtol=1e-5)
@@ -88,13 +88,14 @@ def test_statistics_do_not_cancel_far_from_zero(offset: float) -> None:
     expected = np.linalg.norm(reference.mean((0, 2, 3)) - running_mean.double().numpy()) + np.linalg.norm(
         reference.var((0, 2, 3)) - 0.02
     )
-    found = statistics_distance(x, running_mean, running_var, 1)
+    found = statistics_distance((*deviation_moments(x, running_mean, 1), running_var))
     np.testing.assert_allclose(found.item(), expected, rtol=2e-3)
 
 
 def test_statistics_loss_is_zero_where_the_batch_has_the_running_statistics() -> None:
     x = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    distance = statistics_distance(x, x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0), 1)
+    moments = deviation_moments(x, x.mean((0, 2, 3)), 1)
+    distance = statistics_distance((*moments, x.var((0, 2, 3), correction=0)))
     assert distance.item() < 1e-5
 
 

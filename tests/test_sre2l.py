@@ -18,7 +18,7 @@ from stillroom.data import RealData
 from stillroom.errors import StillroomError
 from stillroom.methods import METHODS, pixels, sre2l
 from stillroom.methods.pixels import class_blocks, pack_blocks, slot_blocks, to_bytes
-from stillroom.methods.recover import build_losses
+from stillroom.methods.recover import Form, build_objective
 from stillroom.methods.sre2l import CdaConfig, Sre2lConfig, image_norm, least_scale, total_variation
 from stillroom.run import Run
 from stillroom.teachers import Teacher
@@ -31,7 +31,7 @@ def test_the_loss_is_cross_entropy_plus_weighted_statistics_plus_priors(toy: Rea
     teacher = build_toy_teacher(5)
     config = Sre2lConfig(steps=1, augmentation="none", statistics_weight=0.3, tv_weight=0.2, l2_weight=0.1)
     x = torch.randn(1, TOY_CLASSES, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    losses = build_losses(teacher.model, 1, 10.0, 0.3, plan, 1)
+    losses = build_objective(teacher.model, 1, 10.0, 0.3, plan, 1)
     terms = sre2l.build_terms(torch.arange(TOY_CLASSES)[None], toy, config, plan, losses)
     label, statistics, prior = (float(term) for term in terms(0, x, [build_generator(0)]))
     images = x[0].double().numpy()
@@ -78,7 +78,8 @@ def test_cda_begins_with_whole_images_and_sre2l_does_not(toy: RealData, plan: Pl
     """A batch's first view is the image itself where crops keep all of it, and nothing is shifted or flipped."""
     seen: list[torch.Tensor] = []
 
-    def record(views: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def record(pixels: torch.Tensor, form: Form, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        views = form(pixels, slice(None))
         seen.append(views)
         return views.mean()[None], views.mean()[None]
 

@@ -34,7 +34,7 @@ from stillroom.data import RealData
 from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError, check_choices
 from stillroom.methods.pixels import class_blocks, recover_images, recover_set
-from stillroom.methods.recover import Terms, augment_group, channel_moments, check_descent, make_once
+from stillroom.methods.recover import Terms, channel_moments, check_descent, draw_augment, make_once
 from stillroom.run import Run
 from stillroom.teachers import Teacher
 from stillroom.train import apply_normalization
@@ -312,11 +312,11 @@ def gather_statistics(teacher: Teacher, real: RealData, config: GvbsmConfig, see
         with torch.no_grad(), run.progress(f"statistics {teacher.name}", len(batches), first) as advance:
             for index in range(first, len(batches)):
                 images = real.train.batch(batches[index]).to(plan.device).float() / 255
-                images = augment_group(  # before normalisation: padded by black, as teachers saw them
-                    images, config.augmentation, build_generator(seed, "statistics", teacher.name, index),
-                    shift_limit=0, per_image=True, flip=real.flip, crop_padding=config.crop_padding,
+                augment = draw_augment(  # before normalisation: padded by black, as teachers saw them
+                    config.augmentation, build_generator(seed, "statistics", teacher.name, index), len(images),
+                    real.image_size, shift_limit=0, per_image=True, flip=real.flip, crop_padding=config.crop_padding,
                 )  # fmt: skip
-                images = apply_normalization(images, real.mean, real.std)
+                images = apply_normalization(augment(images, slice(None)), real.mean, real.std)
                 _, statistics = matcher(images.contiguous(memory_format=plan.memory_format))
                 moments = statistics[0] + square_means(statistics[0], layout.lengths)  # E[x] and E[x^2]
                 total += moments * (len(images) / len(real.train))
@@ -373,10 +373,10 @@ def build_terms(
         compute, layout = matchings[turn]
         views = torch.cat(
             [
-                augment_group(
-                    own, config.augmentation, draws, shift_limit=config.shift_limit, per_image=config.per_image,
-                    flip=real.flip, crop_padding=config.crop_padding,
-                )
+                draw_augment(
+                    config.augmentation, draws, len(own), real.image_size, shift_limit=config.shift_limit,
+                    per_image=config.per_image, flip=real.flip, crop_padding=config.crop_padding,
+                )(own, slice(None))
                 for own, draws in zip(pixels, generators, strict=True)
             ]
         )  # fmt: skip

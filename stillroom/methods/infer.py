@@ -29,11 +29,11 @@ from stillroom.manifest import ViewSettings
 from stillroom.methods.recover import (
     Descent,
     Objective,
-    augment_group,
-    build_losses,
+    build_objective,
     check_descent,
     check_has_batchnorm,
     descend,
+    draw_augment,
     make_once,
 )
 from stillroom.methods.select import Content, describe_set, draw_naturals, take_naturals
@@ -218,8 +218,8 @@ def recover_compensators(
     packs = [range(i, min(i + plan.pack_slots, len(naturals))) for i in range(0, len(naturals), plan.pack_slots)]
 
     @functools.cache  # compiled once per size of pack, and worth it by all of the teacher's steps
-    def losses_of(slots: int) -> Objective:
-        return losses_for(teacher.model, slots, config, plan, config.steps * len(packs))
+    def objective_of(slots: int) -> Objective:
+        return objective_for(teacher.model, slots, config, plan, config.steps * len(packs))
 
     parts = []
     for packed in packs:
@@ -228,39 +228,42 @@ def recover_compensators(
         made_by = {"teacher": teacher.name, "hash": teacher.hash, "slots": list(packed), "images": images}
 
         def make(packed: range = packed, unit: str = unit) -> dict[str, Tensor]:
-            chosen, losses = naturals[packed.start : packed.stop], losses_of(len(packed))
-            return optimize_compensators(teacher, chosen, packed, real, config, seed, plan, run, unit, losses)
+            chosen, objective = naturals[packed.start : packed.stop], objective_of(len(packed))
+            return optimize_compensators(teacher, chosen, packed, real, config, seed, plan, run, unit, objective)
 
         parts.append(make_once(run, unit, made_by, f"compensators of {teacher.name!r}", make)["compensators"])
     return torch.cat(parts)
 
 
-def begin_descent(
-    naturals: Tensor, real: RealData, config: InferConfig, plan: Plan, compute_losses: Objective
-) -> Descent:
+def begin_descent(naturals: Tensor, real: RealData, config: InferConfig, plan: Plan, objective: Objective) -> Descent:
     """Return Algorithm 1's inner loop for some slots at once: Adam on their compensators, from zero.
 
     naturals: uint8 [slots, classes, 3, height, width]; the compensators are float32 [slots, 3, height, width] in units
     of the channels' standard deviation. Each slot has its own statistics, loss and draws.
     """
-    slots, classes = naturals.shape[:2]
-    pixels = apply_normalization(naturals.flatten(0, 1).to(plan.device), real.mean, real.std)
-    images = pixels.unflatten(0, (slots, classes))
-    labels = torch.arange(classes, device=plan.device).repeat(slots)
+    slots, classes, *shape = naturals.shape
+    images = naturals.to(plan.device)
+    labels = torch.arange(classes, device=plan.device).expand(slots, classes)
 
     def terms(step: int, compensators: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-        views = images + compensators[:, None]  # Equation 2: [slots, classes, 3, height, width]
-        batch = torch.cat([_augment(own, config, draws) for own, draws in zip(views, generators, strict=True)])
-        return compute_losses(batch.contiguous(memory_format=plan.memory_format), labels)
+        augments = [
+            draw_augment(
+                config.augmentation, draws, classes, real.image_size,
+                shift_limit=config.shift_limit, per_image=config.per_image,
+            )
+            for draws in generators
+        ]  # fmt: skip
 
-    start = torch.zeros(slots, *pixels.shape[1:], device=plan.device)
+        def form(tensor: Tensor, rows: slice) -> Tensor:
+            pixels = apply_normalization(images[:, rows].flatten(0, 1), real.mean, real.std).unflatten(0, (slots, -1))
+            views = pixels + tensor[:, None]  # Equation 2: [slots, rows, 3, height, width]
+            batch = torch.cat([augment(own, rows) for own, augment in zip(views, augments, strict=True)])
+            return batch.contiguous(memory_format=plan.memory_format)
+
+        return objective(compensators, form, labels)
+
+    start = torch.zeros(slots, *shape, device=plan.device)
     return Descent("compensators", start, terms, config.steps, config.learning_rate, config.betas, plan)
-
-
-def _augment(views: Tensor, config: InferConfig, generator: torch.Generator) -> Tensor:
-    return augment_group(
-        views, config.augmentation, generator, shift_limit=config.shift_limit, per_image=config.per_image
-    )
 
 
 def optimize_compensators(
@@ -273,7 +276,7 @@ def optimize_compensators(
     plan: Plan,
     run: Run,
     unit: str,
-    compute_losses: Objective | None = None,
+    objective: Objective | None = None,
 ) -> dict[str, Tensor]:
     """Optimise the compensators of the slots `packed` for one teacher, all in one batch.
 
@@ -281,9 +284,9 @@ def optimize_compensators(
     width] in units of the channels' standard deviation, and "losses" float32 [steps, 2, slots]: label loss, weighted
     statistics loss. Raises StillroomError where a loss is not finite, TimeLimitReached where the run is to stop.
     """
-    if compute_losses is None:
-        compute_losses = losses_for(teacher.model, len(packed), config, plan, config.steps)
-    descent = begin_descent(naturals, real, config, plan, compute_losses)
+    if objective is None:
+        objective = objective_for(teacher.model, len(packed), config, plan, config.steps)
+    descent = begin_descent(naturals, real, config, plan, objective)
     label = f"compensators {teacher.name} {packed.start}-{packed.stop - 1}"
     draws = [("compensators", teacher.name, slot) for slot in packed]
     remedy = f"lower infer.learning_rate (now {config.learning_rate})"
@@ -293,6 +296,6 @@ def optimize_compensators(
     return {"compensators": descent.tensor.detach().cpu(), "losses": losses.cpu()}
 
 
-def losses_for(model: nn.Module, slots: int, config: InferConfig, plan: Plan, calls: int) -> Objective:
-    """Return Equation 3's two terms for `slots` slots by these settings; see `recover.build_losses`."""
-    return build_losses(model, slots, config.first_layer_weight, config.statistics_weight, plan, calls)
+def objective_for(model: nn.Module, slots: int, config: InferConfig, plan: Plan, calls: int) -> Objective:
+    """Return Equation 3's two terms for `slots` slots by these settings; see `recover.build_objective`."""
+    return build_objective(model, slots, config.first_layer_weight, config.statistics_weight, plan, calls)

@@ -21,8 +21,9 @@ from stillroom.errors import StillroomError
 from stillroom.networks import batchnorm_layers
 from stillroom.run import Checkpoint, Run
 
-# One layer's distance: per group, the L2 norm of the mean's difference plus that of the variance's. float32 [groups]
-LayerDistances = list[Tensor]
+# What a batch is for one BatchNorm: per group and channel the mean of its input's deviations from the running mean and
+# the mean of their squares, float32 [groups, channels] both, and the layer's running variance [channels].
+LayerMoments = tuple[Tensor, Tensor, Tensor]
 
 
 def _statistic(value: Tensor | None) -> Tensor:
@@ -32,15 +33,15 @@ def _statistic(value: Tensor | None) -> Tensor:
 
 
 class RecordingNorm(nn.Module):
-    """A frozen BatchNorm that also measures how far its input's statistics are from its running ones (Equation 4).
+    """A frozen BatchNorm that also measures its input's moments, which it appends to `sink`.
 
-    Wraps the original, so that what subclasses add (timm's fused activations) stays. Distances are appended to `sink`.
+    Wraps the original, so that what subclasses add (timm's fused activations) stays.
     """
 
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, norm: nn.BatchNorm2d, sink: LayerDistances, groups: int) -> None:
+    def __init__(self, norm: nn.BatchNorm2d, sink: list[LayerMoments], groups: int) -> None:
         super().__init__()
         self.norm = norm
         self.sink = sink
@@ -49,37 +50,43 @@ class RecordingNorm(nn.Module):
         self.register_buffer("running_var", _statistic(norm.running_var))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.sink.append(statistics_distance(x, self.running_mean, self.running_var, self.groups))
+        self.sink.append((*deviation_moments(x, self.running_mean, self.groups), self.running_var))
         return self.norm(x)
 
 
-def statistics_distance(x: Tensor, running_mean: Tensor, running_var: Tensor, groups: int) -> Tensor:
-    """Return, per group, ``||mean(x) - running_mean||_2 + ||var(x) - running_var||_2`` (one layer of Equation 4).
+def deviation_moments(x: Tensor, center: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Return ``E[x - center]`` and ``E[(x - center)^2]`` per group and channel, float32 [groups, channels] both.
 
-    x: [groups * images, channels, height, width], any float dtype; statistics over images, height and width, the
-    variance biased as in the published scripts, in float32. Returns float32 [groups].
-
-    Both moments come from one pass over the deviations from the running mean: near the running mean, where the data
-    is, ``E[d^2] - E[d]^2`` does not cancel, as the textbook formula on x itself would.
+    x: [groups * images, channels, height, width], any float dtype; expectations are over images, height and width, so
+    those of a batch are the mean of its parts'. center: float32 [channels].
     """
-    offset, variance = _Moments.apply(x, running_mean, groups)
-    return offset.norm(dim=1) + (variance - running_var).norm(dim=1)
+    return _Moments.apply(x, center, groups)  # type: ignore[no-any-return]
 
 
 def channel_moments(x: Tensor, center: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance per group and channel, float32 [groups, channels] both.
 
-    x: as in `statistics_distance`; `center` float32 [channels], near the means, is what cancellation is avoided by.
+    As `deviation_moments`; `center`, near the means, is what cancellation is avoided by.
     """
-    offset, variance = _Moments.apply(x, center, groups)
-    return offset + center, variance
+    offset, square = deviation_moments(x, center, groups)
+    return offset + center, square - offset * offset
+
+
+def statistics_distance(moments: LayerMoments) -> Tensor:
+    """Return, per group, ``||mean - running_mean||_2 + ||var - running_var||_2``, float32 [groups]: a layer of Eq. 4.
+
+    The variance is the biased one, as in the published scripts, ``E[d^2] - E[d]^2`` of the deviations from the running
+    mean: near that, where the data is, it does not cancel, as the textbook formula on x itself would.
+    """
+    offset, square, running_var = moments
+    return offset.norm(dim=1) + (square - offset * offset - running_var).norm(dim=1)
 
 
 class _Moments(torch.autograd.Function):
-    """Per group and channel: mean(x) - center, and the biased variance; float32 [groups, channels] both.
+    """Of deviation_moments, with the gradient written down: ``offset' / n + square' 2 (x - center) / n``.
 
-    The gradient is written down, ``offset' / n + variance' 2 (x - mean) / n``: one pass over x, where autograd would
-    keep the deviations and their squares and walk through each. It halves the eager step and compiles as well.
+    One pass over x, where autograd would keep the deviations and their squares and walk through each. It halves the
+    eager step and compiles as well.
     """
 
     @staticmethod
@@ -88,33 +95,31 @@ class _Moments(torch.autograd.Function):
         deviation = x - center[:, None, None]
         offset = deviation.mean((2, 3)).unflatten(0, (groups, -1)).mean(1)
         square = (deviation * deviation).mean((2, 3)).unflatten(0, (groups, -1)).mean(1)
-        ctx.save_for_backward(x, offset + center)
-        return offset, square - offset * offset
+        ctx.save_for_backward(x, center)
+        return offset, square
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        x, mean = ctx.saved_tensors
-        of_offset, of_variance = gradients
-        images = x.shape[0] // mean.shape[0]  # of a group
+        x, center = ctx.saved_tensors
+        of_offset, of_square = gradients
+        images = x.shape[0] // of_offset.shape[0]  # of a group
         count = images * x.shape[2] * x.shape[3]
-        slope = 2 / count * of_variance  # [groups, channels]
-        constant = of_offset / count - slope * mean
+        slope = 2 / count * of_square  # [groups, channels]
+        constant = of_offset / count - slope * center
         slope, constant = (value.repeat_interleave(images, 0)[:, :, None, None] for value in (slope, constant))
         return (x * slope + constant).to(x.dtype), None, None
 
 
 class Recorder(nn.Module):
-    """A teacher that returns its logits and, per group of the batch, its statistics loss.
+    """A teacher that returns its logits and what the batch is for each of its BatchNorms, in the order they run.
 
-    forward(views [groups * images, 3, height, width]) -> (logits float32 [groups * images, classes],
-    statistics loss float32 [groups]). The first layer's distance counts `first_layer_weight` times (10 in the published
-    scripts, not in the paper).
+    forward(views [groups * images, 3, height, width]) -> (logits float32 [groups * images, classes], LayerMoments of
+    each layer). A BatchNorm that is defined but never runs is simply not there.
     """
 
-    def __init__(self, teacher: nn.Module, groups: int, first_layer_weight: float) -> None:
+    def __init__(self, teacher: nn.Module, groups: int) -> None:
         super().__init__()
-        self.sink: LayerDistances = []
-        self.first_layer_weight = first_layer_weight
+        self.sink: list[LayerMoments] = []
         self.body = copy.deepcopy(teacher).eval().requires_grad_(False)
         for name, norm in batchnorm_layers(self.body):
             recording = RecordingNorm(norm, self.sink, groups)
@@ -125,15 +130,24 @@ class Recorder(nn.Module):
         if first is not None:
             first.__class__ = Float32Conv2d
 
-    def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, views: Tensor) -> tuple[Tensor, list[LayerMoments]]:
         self.sink.clear()
         logits = self.body(views)
-        first, *others = self.sink  # a BatchNorm that is defined but never runs is simply not there
-        total = self.first_layer_weight * first
-        for distance in others:
-            total = total + distance
+        layers = list(self.sink)
         self.sink.clear()
-        return logits.float(), total
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), layers
+
+
+def statistics_loss(layers: Sequence[LayerMoments], first_layer_weight: float) -> Tensor:
+    """Return Equation 4, float32 [groups]: the layers' distances, the first one's `first_layer_weight` times.
+
+    That weight is 10 in the published scripts, and not in the paper.
+    """
+    first, *others = layers
+    total = first_layer_weight * statistics_distance(first)
+    for layer in others:
+        total = total + statistics_distance(layer)
+    return total
 
 
 def check_has_batchnorm(name: str, teacher: nn.Module) -> None:
@@ -162,73 +176,156 @@ def cosine_rate(rate: float, step: int, steps: int) -> float:
     return rate * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# Views [groups * rows, 3, height, width] of `rows` of every group, formed of the tensor that is optimised.
+Form = Callable[[Tensor, slice], Tensor]
+
+# (tensor, form, labels int64 [groups, images]) -> (label loss [groups], weighted statistics loss [groups])
+Objective = Callable[[Tensor, Form, Tensor], tuple[Tensor, Tensor]]
 
 
-def build_objective(recorder: Recorder, groups: int, statistics_weight: float) -> Objective:
-    """Return ``objective(views, labels) -> (label loss [groups], statistics loss [groups])``, to be summed and derived.
+def build_objective(
+    model: nn.Module, groups: int, first_layer_weight: float, statistics_weight: float, plan: Plan, calls: int
+) -> Objective:
+    """Return Equation 3's two terms of a batch of `groups` groups, to be summed and derived.
+
+    Compiled where `calls` repay it. Where the plan has `chunk_images`, a group's images are passed so many at a time,
+    twice: once for the statistics, once, in the backward pass, for the gradient, which is the whole batch's. Memory is
+    then the chunk's, whatever the number of images.
 
     Confessed: Equation 3 sums the cross-entropy over the slot's images; the published scripts, and this, take its mean
     and add the statistics loss once per slot, so that the balance does not depend on the number of classes.
     """
+    recorder = Recorder(model, groups)
 
-    def objective(views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits, distance = recorder(views)
-        label_loss = nn.functional.cross_entropy(logits, labels, reduction="none").unflatten(0, (groups, -1)).mean(1)
+    def measure(views: Tensor, labels: Tensor) -> tuple[Tensor, list[LayerMoments]]:
+        with plan.autocast():
+            logits, layers = recorder(views)
+        each = nn.functional.cross_entropy(logits, labels.flatten(), reduction="none")
+        return each.unflatten(0, (groups, -1)), layers
+
+    def losses(views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        each, layers = measure(views, labels)
+        return each.mean(1), statistics_weight * statistics_loss(layers, first_layer_weight)
+
+    def whole(tensor: Tensor, form: Form, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return compiled_losses(form(tensor, slice(None)), labels)
+
+    def chunked(tensor: Tensor, form: Form, labels: Tensor) -> tuple[Tensor, Tensor]:
+        chunks = cut_chunks(labels.shape[1], plan.chunk_images)
+        label_loss, distance = _InChunks.apply(tensor, form, labels, chunks, compiled_measure, first_layer_weight)
         return label_loss, statistics_weight * distance
 
-    return objective
+    if plan.chunk_images:
+        compiled_measure = plan.compiled(measure, calls, "recovery")
+        return chunked
+    compiled_losses = plan.compiled(losses, calls, "recovery")
+    return whole
 
 
-def build_losses(
-    model: nn.Module, groups: int, first_layer_weight: float, statistics_weight: float, plan: Plan, calls: int
-) -> Objective:
-    """Return Equation 3's two terms as a function of a batch of `groups` groups, compiled where `calls` repay it."""
-    objective = build_objective(Recorder(model, groups, first_layer_weight), groups, statistics_weight)
+def cut_chunks(images: int, most: int) -> list[slice]:
+    """Return slices of at most `most` images that cover `images`, all of one size but perhaps the last."""
+    size = -(-images // -(-images // most))
+    return [slice(start, min(start + size, images)) for start in range(0, images, size)]
 
-    def compute_losses(views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with plan.autocast():
-            return objective(views, labels)
 
-    return plan.compiled(compute_losses, calls, "recovery")
+class _InChunks(torch.autograd.Function):
+    """Label loss and statistics loss of a batch whose activations are never held at once; both [groups].
+
+    The teacher is frozen, so images meet in the moments alone, and these are means over the images: a first pass sums
+    them up; what the loss wants of each moment is then known, and a second pass lets it back through chunk by chunk.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, tensor: Tensor, form: Form, labels: Tensor, chunks: list[slice], measure: Any, first_weight: float
+    ) -> tuple[Tensor, Tensor]:
+        shares = [len(range(*rows.indices(labels.shape[1]))) / labels.shape[1] for rows in chunks]
+        measured = (measure(form(tensor, rows), labels[:, rows]) for rows in chunks)
+        each, layers = next(measured)
+        label_loss = shares[0] * each.mean(1)
+        moments = [shares[0] * value for value in _moments_of(layers)]
+        for share, (each, layers) in zip(shares[1:], measured, strict=True):
+            label_loss = label_loss + share * each.mean(1)
+            moments = [total + share * value for total, value in zip(moments, _moments_of(layers), strict=True)]
+        variances = [running_var for *_, running_var in layers]
+        with torch.enable_grad():
+            moments = [value.requires_grad_() for value in moments]
+            distance = statistics_loss(list(zip(moments[::2], moments[1::2], variances, strict=True)), first_weight)
+        ctx.form, ctx.chunks, ctx.shares, ctx.measure = form, chunks, shares, measure
+        ctx.moments, ctx.distance = moments, distance
+        ctx.save_for_backward(tensor, labels)
+        return label_loss, distance.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        tensor, labels = ctx.saved_tensors
+        of_label, of_distance = gradients
+        wanted = torch.autograd.grad(ctx.distance, ctx.moments, of_distance)
+        gradient = torch.zeros_like(tensor)
+        for rows, share in zip(ctx.chunks, ctx.shares, strict=True):
+            with torch.enable_grad():
+                own = tensor.detach().requires_grad_()
+                each, layers = ctx.measure(ctx.form(own, rows), labels[:, rows])
+                sources = [each.mean(1), *_moments_of(layers)]
+            gradient += torch.autograd.grad(sources, own, [share * value for value in (of_label, *wanted)])[0]
+        return gradient, None, None, None, None, None
+
+
+def _moments_of(layers: Sequence[LayerMoments]) -> list[Tensor]:
+    return [value for offset, square, _ in layers for value in (offset, square)]
 
 
 Augmentation = Literal["none", "shift", "crop_shift", "resized_crop", "resized_crop_shift"]
 
 
-def augment_group(
-    images: Tensor,
+# Augments some rows of a group's images, [rows, 3, height, width], by draws that were made for the whole group.
+Augment = Callable[[Tensor, slice], Tensor]
+
+
+def draw_augment(
     augmentation: Augmentation,
     generator: torch.Generator,
+    images: int,
+    image_size: int,
     *,
     shift_limit: int,
     per_image: bool = False,
     flip: bool = True,
     least_scale: float = 0.08,
     crop_padding: int = 0,
-) -> Tensor:
-    """Return one group's `images` [images, 3, height, width], augmented by draws of that group and step alone.
+) -> Augment:
+    """Return the augmentation of a group of `images` images of `image_size` px, drawn for that group and step alone.
 
     Crops are followed by a flip where `flip` allows it, and "_shift" by a circular shift of 0 to `shift_limit` pixels.
     `least_scale`: the smallest share of the area that a resized crop keeps; `crop_padding`: pixels of the mean colour
     (0, since images are normalised) around the image before a plain crop.
     """
-    batch, height, width = images.shape[0], images.shape[-2], images.shape[-1]
+    steps: list[Augment] = []
     if augmentation in ("resized_crop", "resized_crop_shift"):
         boxes = augment.draw_resized_crops(
-            generator, batch, height, width, scale=(least_scale, 1.0), per_image=per_image
+            generator, images, image_size, image_size, scale=(least_scale, 1.0), per_image=per_image
         )
-        images = augment.apply_resized_crops(images, boxes, height)
+        steps.append(lambda own, rows: augment.apply_resized_crops(own, boxes[rows], image_size))
     if augmentation == "crop_shift":
-        offsets = augment.draw_crops(generator, batch, crop_padding, per_image=per_image)
-        images = augment.apply_crops(images, offsets, crop_padding)
+        offsets = augment.draw_crops(generator, images, crop_padding, per_image=per_image)
+        steps.append(lambda own, rows: augment.apply_crops(own, offsets[rows], crop_padding))
     if flip and augmentation in ("crop_shift", "resized_crop", "resized_crop_shift"):
-        images = augment.apply_flips(images, augment.draw_flips(generator, batch, per_image=per_image))
+        flips = augment.draw_flips(generator, images, per_image=per_image)
+        steps.append(lambda own, rows: augment.apply_flips(own, flips[rows]))
     if augmentation in ("shift", "crop_shift", "resized_crop_shift"):
         if per_image:
-            return augment.apply_shifts(images, augment.draw_shifts(generator, batch, shift_limit))
-        return augment.apply_shift(images, augment.draw_shift(generator, shift_limit))
-    return images
+            shifts = augment.draw_shifts(generator, images, shift_limit)
+            steps.append(lambda own, rows: augment.apply_shifts(own, shifts[rows]))
+        else:
+            shift = augment.draw_shift(generator, shift_limit)
+            steps.append(lambda own, rows: augment.apply_shift(own, shift))
+
+    def apply(own: Tensor, rows: slice) -> Tensor:
+        for step in steps:
+            own = step(own, rows)
+        return own
+
+    return apply
 
 
 # The terms of the loss, each [groups] and weighted, of what is optimised in one step: (step, tensor, generators).

@@ -26,7 +26,14 @@ from stillroom.data import RealData
 from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError, check_choices
 from stillroom.methods.pixels import recover_images, recover_set, slot_blocks
-from stillroom.methods.recover import Objective, Terms, augment_group, build_losses, check_descent, check_has_batchnorm
+from stillroom.methods.recover import (
+    Objective,
+    Terms,
+    build_objective,
+    check_descent,
+    check_has_batchnorm,
+    draw_augment,
+)
 from stillroom.run import Run
 from stillroom.teachers import Teacher
 
@@ -133,37 +140,42 @@ def distill(
     blocks = slot_blocks(ipc, real.classes, config.classes_per_batch)
 
     @functools.cache  # compiled once per number of blocks, and worth it by all of the run's steps
-    def losses_of(count: int, calls: int) -> Objective:
-        return build_losses(teachers[0].model, count, config.first_layer_weight, config.statistics_weight, plan, calls)
+    def objective_of(count: int, calls: int) -> Objective:
+        model, weights = teachers[0].model, (config.first_layer_weight, config.statistics_weight)
+        return build_objective(model, count, *weights, plan, calls)
 
     def prepare(positions: Tensor, calls: int) -> tuple[Terms, list[Tensor]]:
-        return build_terms(positions, real, config, plan, losses_of(len(positions), calls)), []
+        return build_terms(positions, real, config, plan, objective_of(len(positions), calls)), []
 
     images = recover_images(config, real, teachers[:1], blocks, seed, plan, run, prepare)
     return recover_set(config, real, teachers, ipc, seed, images)
 
 
-def build_terms(positions: Tensor, real: RealData, config: Sre2lConfig, plan: Plan, compute_losses: Objective) -> Terms:
+def build_terms(positions: Tensor, real: RealData, config: Sre2lConfig, plan: Plan, objective: Objective) -> Terms:
     """Return the terms of SRe2L's loss for blocks of `positions` int64 [blocks, images].
 
     Label loss, weighted statistics loss and, where they have a weight, the image priors, all of the augmented images.
     """
-    labels = (positions % real.classes).flatten().to(plan.device)
+    labels = (positions % real.classes).to(plan.device)
 
     def terms(step: int, pixels: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, ...]:
-        views = torch.cat(
-            [
-                augment_group(
-                    own, config.augmentation, draws, shift_limit=config.shift_limit, per_image=config.per_image,
-                    flip=real.flip, least_scale=least_scale(config, step),
-                )
-                for own, draws in zip(pixels, generators, strict=True)
-            ]
-        )  # fmt: skip
-        losses = compute_losses(views.contiguous(memory_format=plan.memory_format), labels)
+        augments = [
+            draw_augment(
+                config.augmentation, draws, positions.shape[1], real.image_size, shift_limit=config.shift_limit,
+                per_image=config.per_image, flip=real.flip, least_scale=least_scale(config, step),
+            )
+            for draws in generators
+        ]  # fmt: skip
+
+        def form(tensor: Tensor, rows: slice) -> Tensor:
+            own = tensor[:, rows]
+            views = torch.cat([augment(block, rows) for block, augment in zip(own, augments, strict=True)])
+            return views.contiguous(memory_format=plan.memory_format)
+
+        losses = objective(pixels, form, labels)
         if not (config.tv_weight or config.l2_weight):
             return losses
-        blocks = views.unflatten(0, (len(positions), -1))
+        blocks = form(pixels, slice(None)).unflatten(0, (len(positions), -1))
         return *losses, config.tv_weight * total_variation(blocks) + config.l2_weight * image_norm(blocks)
 
     return terms
