@@ -39,7 +39,7 @@ from stillroom.errors import StillroomError, TimeLimitReached, UsageError, sugge
 from stillroom.estimate import estimate_comparison, estimate_recipe
 from stillroom.exchange import ImportConfig, import_set
 from stillroom.export import ExportLayout, export_set
-from stillroom.files import read_json, write_json
+from stillroom.files import read_json, require_free_folder, write_json
 from stillroom.grid import Comparison, Grid, comparison_of
 from stillroom.labels import PoolConfig, attach_labels
 from stillroom.manifest import LabelKind
@@ -142,7 +142,7 @@ class ImportCommand:
     published: tyro.conf.Positional[str]  # folder of class folders or parquet files, .parquet or .npz file, or Hub id
     settings: Annotated[ImportConfig, tyro.conf.arg(name="")] = field(default_factory=ImportConfig)
     data: DataConfig = field(default_factory=DataConfig)  # the real data that the set was made of, at the set's size
-    out: Path = Path("imported")  # directory for the distilled set
+    out: Path = Path("imported")  # a new or empty folder for the distilled set
 
 
 @dataclass(frozen=True)
@@ -357,6 +357,7 @@ def verify_command(words: list[str]) -> int:
 def import_command(words: list[str]) -> int:
     """stillroom import: other people's sets."""
     command = parse_words(ImportCommand, "import", words)
+    require_free_folder(command.out, "import: --out")
     distilled = import_set(command.published, command.data, command.settings)
     distilled.save(command.out)
     read = distilled.manifest.extra["import"]
