@@ -549,10 +549,12 @@ def _label_with(
     if known and command.teachers == placed and not any(word.startswith("--teachers.networks") for word in words):
         hashes = {teacher.name: teacher.hash for teacher in distilled.manifest.teachers}
         return load_teachers(real, command.teachers, plan, run, hashes)
-    if distilled.manifest.teachers and (absent := untrained_teachers(real, command.teachers, plan)):
+    if absent := untrained_teachers(real, command.teachers, plan):
+        differ = "; where their weights differ from those that the set was made with, so do the labels"
         run.notice(
-            f"not in the cache, and trained before the students: {', '.join(absent)}; where their weights differ from "
-            "those that the set was made with, so do the labels"
+            f"not in the cache, and trained before the students: {', '.join(absent)} ({command.teachers.train.epochs} "
+            f"epochs of {len(real.train):,} images; others by --teachers.networks)"
+            f"{differ if distilled.manifest.teachers else ''}"
         )
     return load_teachers(real, command.teachers, plan, run)
 

@@ -14,6 +14,7 @@ is marked in the table and does not lose the others.
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -137,7 +138,15 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
             results["rows"].append(row)
             run.event("row", **row)
             write_tables(results, run.directory)
+            if not run.show:  # where there are no bars, in a file say
+                print(say_row(row), file=sys.stderr, flush=True)
     return results
+
+
+def say_row(row: dict[str, Any]) -> str:
+    """Return one line for a cell that is finished."""
+    reached = f"failed: {row['error']}" if "error" in row else f"{row['mean']:.1f} %"
+    return f"{row['method']}, ipc {row['ipc']}, {row['labels']}, {row['student']}: {reached}"
 
 
 def write_tables(results: dict[str, Any], directory: Path) -> None:

@@ -348,7 +348,7 @@ def _read_path(path: Path, facts: Facts | None, config: DataConfig) -> Source:
             return readers.read_npz(path, config.memory_limit_gib * 2**30, with_test)
         if path.suffix == ".parquet":
             return _read_parquet(path, facts, config)
-        raise StillroomError(f"--data.source {path} is neither .npz nor .parquet, nor a folder.")
+        raise StillroomError(f"--data.source {path} is neither .npz nor .parquet, nor a folder, as shards need.")
     if (path / "wnids.txt").is_file() and (path / "train").is_dir():
         return readers.read_tiny_imagenet(path, with_test)
     # Looked for only where there is no class folder, since a large image folder takes long to search.

@@ -65,10 +65,13 @@ def show_comparison(results: dict[str, Any]) -> None:
         "What it costs, in bytes and seconds": header[costs : costs + 8],
         "Scores": header[costs + 8 :],
     }
-    for title, columns in parts.items():
-        table = Table(*(Column(name, no_wrap=True) for name in header[:4]), *columns, title=title)
+    for title, names in parts.items():
+        # What no row has, and a student that all have, would only take the room of numbers.
+        columns = [name for name in names if {row[header.index(name)] for row in kept} - {"-"}]
+        first = [name for name in header[:4] if name != "student" or len({row[3] for row in kept}) > 1]
+        table = Table(*(Column(name, no_wrap=True) for name in first), *columns, title=title)
         for row in kept:
-            table.add_row(*row[:4], *(row[header.index(name)] for name in columns))
+            table.add_row(*(row[header.index(name)] for name in (*first, *columns)))
         if columns:
             console.print(table)
     for row in results["rows"]:

@@ -459,7 +459,7 @@ def test_evaluate_labels_with_the_weights_that_the_set_was_made_with_or_says_how
     assert not list(own_cache.iterdir())
     code, out, err = tell(*words, "--teachers.networks", "toynet")
     assert code == 0
-    assert err.startswith("not in the cache, and trained before the students: toynet; where their weights differ")
+    assert err.startswith("not in the cache, and trained before the students: toynet (4 epochs of 96 images")
 
 
 def test_evaluate_keeps_its_students_out_of_the_set_s_own_directory(
