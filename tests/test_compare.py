@@ -194,9 +194,13 @@ def test_one_cell_that_fails_is_marked_and_the_others_are_there(
     assert "failed: the loss is not finite" in (tmp_path / "run/table.md").read_text()
 
 
-def test_the_command_writes_the_table_in_every_format(toy_recipe: Recipe, tmp_path: Path) -> None:
+def test_the_command_writes_the_table_in_every_format_and_tells_of_each_cell(
+    toy_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["compare", "toy", "--labels", "static", "--seeds", "0", "--out", str(tmp_path / "run")]
     assert cli.main(words) == cli.OK
+    told = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()]
+    assert told == ["random, ipc 4, static, toynet", "infer, ipc 4, static, toynet"]
     rows = list(csv.DictReader(io.StringIO((tmp_path / "run/table.csv").read_text())))
     kept = json.loads((tmp_path / "run/comparison.json").read_text())["rows"]
     assert [(r["method"], r["ipc"], r["labels"], r["student"]) for r in rows] == [
