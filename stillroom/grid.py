@@ -142,8 +142,12 @@ def plan_method(text: str, base: Recipe, grid: Grid, real: RealData, known: Sequ
     Raises StillroomError for what cannot be made of this data, and for what is among `known` by another name.
     """
     recipe = read_method(text, base)
+    content = METHODS[recipe.method].content(real, len(recipe.teachers.networks), recipe.ipc, recipe.method_config)
+    own_kinds = [kind for kind in base.labels if kind != "learned" or content.learned_labels]
     matched: dict[int, list[LabelKind]] = {}
-    for labels in base.labels:
+    for labels in (
+        own_kinds or base.labels
+    ):  # a method that learns no labels is compared by the others, if there are any
         count = base.ipc if grid.budget == "ipc" else match_bytes(recipe, real, labels)
         matched.setdefault(count, []).append(labels)
     entries = []
@@ -186,18 +190,20 @@ def match_bytes(recipe: Recipe, real: RealData, labels: LabelKind) -> int:
 def raw_bytes(recipe: Recipe, real: RealData, labels: LabelKind) -> int:
     """Return the raw bytes of a set of the recipe: pixels, compensators, and the labels that are stored with it.
 
-    Of static labels a float16 row per view; of replayed ones a row per image of every batch of the pool's epochs.
+    Of static and learned labels a float16 row per view (random images are granted both, to match bytes by); of
+    replayed ones a row per image of every batch of the pool's epochs.
     """
     content = METHODS[recipe.method].content(real, len(recipe.teachers.networks), recipe.ipc, recipe.method_config)
     pixels = 3 * real.image_size**2
     stored = 0
-    if labels == "static":
+    if labels in ("static", "learned"):
         stored = content.views * real.classes * LABEL_BYTES
     elif labels == "replayed":
         batch = min(recipe.student.train.batch_size, content.views)
         rows = recipe.pool.epochs * (content.views // batch) * batch
         stored = count_logit_bytes(rows, real.classes, recipe.pool.encoding)
-    return content.images * pixels + content.compensators * pixels * content.compensator_bits // 8 + stored
+    bits = content.images * content.image_bits + content.compensators * content.compensator_bits
+    return pixels * bits // 8 + stored
 
 
 def slug(name: str) -> str:

@@ -100,6 +100,11 @@ def check_recipe(recipe: Recipe, real: RealData) -> None:
     build_network(recipe.student.network, real.classes, real.image_size)
     models = {name: build_network(name, real.classes, real.image_size) for name in recipe.teachers.networks}
     own = METHODS[recipe.method].check(real, models, recipe.ipc, recipe.method_config)
+    content = METHODS[recipe.method].content(real, len(models), recipe.ipc, recipe.method_config)
+    if "learned" in recipe.labels and not content.learned_labels:
+        raise StillroomError(
+            f"labels has 'learned', but {recipe.method!r} learns none; give hard, static, replayed or dynamic"
+        )
     needed = max(own, recipe.ipc) if recipe.controls else own  # the random control's
     counts = real.train.labels.bincount(minlength=real.classes)
     if int(counts.min()) < needed:
@@ -140,10 +145,11 @@ def distill_recipe(recipe: Recipe, run: Run, real: RealData, teachers: list[Teac
     distilled = distill(real, teachers, recipe.ipc, recipe.method_config, recipe.distill_seed, plan, run)
     check_made(recipe, real, teachers, distilled)
     distilled = distilled.with_image_encoding(recipe.image_encoding)
-    kind = next((k for k in recipe.labels if k == "static"), recipe.labels[0])
-    unit, train = f"labels-{recipe.method}", recipe.student.train
-    labelled_by = labellers(recipe, teachers)
-    distilled = attach_labels(distilled, kind, labelled_by, plan, run, unit, recipe.pool, train)
+    if distilled.manifest.label_kind != "learned":  # which stay with their set; the run keeps others beside them
+        kind = next((k for k in recipe.labels if k == "static"), recipe.labels[0])
+        unit, train = f"labels-{recipe.method}", recipe.student.train
+        labelled_by = labellers(recipe, teachers)
+        distilled = attach_labels(distilled, kind, labelled_by, plan, run, unit, recipe.pool, train)
     if folder is not None:
         manifest = distilled.save(folder)
         files = {role: facts.sha256 for role, facts in manifest.files.items()}
@@ -156,7 +162,8 @@ def check_made(recipe: Recipe, real: RealData, teachers: list[Teacher], made: Di
     """Raise StillroomError for a set that is not what its method says it makes, by which budgets are matched."""
     codes = None if made.compensators is None else made.compensators.codes
     compensators, bits = (0, 0) if codes is None else (codes.shape[0] * codes.shape[1], 8 * codes.element_size())
-    held = Content(len(made.images), compensators, bits, made.view_count)
+    learned = made.manifest.label_kind == "learned"
+    held = Content(len(made.images), compensators, bits, made.view_count, 8 * made.images.element_size(), learned)
     said = METHODS[recipe.method].content(real, len(teachers), recipe.ipc, recipe.method_config)
     if made.manifest.method != recipe.method or held != said:
         raise StillroomError(
@@ -249,7 +256,8 @@ def build_cells(
     `called`: the method's name in the table, where that is not enough to tell it from others; `random`: the random
     control, where it is made already.
     Controls: random images with hard labels, random images with the same labels, and, for INFER, its naturals without
-    compensators; at the epochs of the method and at its optimiser steps, since it has M + 1 times as many views.
+    compensators; at the epochs of the method and at its optimiser steps, since it has M + 1 times as many views. Nobody
+    has learned labels but their own set, so beside these stand random images with hard labels alone.
     """
     method, labelled_by = called or recipe.method, labellers(recipe, teachers)
     sets: dict[str, DistilledSet] = {method: distilled}
@@ -284,7 +292,7 @@ def build_cells(
         cells.append(Cell(f"{unit}-{labels}-{steps}", method, labels, "own", own, steps))
         controls = [("random", "hard"), ("random", labels), ("naturals", labels)]
         for name, kind in dict.fromkeys(controls):
-            if name == method or name not in sets:
+            if name == method or name not in sets or kind == "learned":
                 continue
             unit = _unit(name, sets[name])
             control = labelled(name, kind, train)
