@@ -427,6 +427,23 @@ def test_a_comparison_foretells_the_bytes_of_what_was_learned_exactly(bold_recip
         assert sum(row["bytes"]["raw"].values()) == foretold
 
 
+def test_a_set_that_is_there_is_compared_by_the_labels_that_its_method_learned(
+    bold_recipe: Recipe, bold: DistilledSet, plan: Plan, tmp_path: Path
+) -> None:
+    real = load_real(bold_recipe.data)
+    distill_bold(real, [], 2, BoldConfig(), 0, plan, Run()).save(tmp_path / "bold")
+    distill_random(real, [], 2, RandomConfig(), 0, plan, Run()).save(tmp_path / "plain")
+    folders = tuple(f"{grid.FOLDER}{tmp_path / name}" for name in ("bold", "plain"))
+    entries, refused = grid.plan_entries(comparison_of(bold_recipe, Grid(methods=folders)), real)
+    assert [entry.recipe.labels for entry in entries] == [("learned",)]
+    assert len(refused) == 1
+    assert refused[0].endswith("plain: it has no learned labels; give --labels static, too")
+    with Run(tmp_path / "run") as run:
+        work = compare.Work(bold_recipe, real, [], plan, run, {}, bold_recipe.student, bold_recipe)  # type: ignore[arg-type]
+        made, _ = compare.make_set(entries[0], work)
+    assert made.manifest.label_kind == "learned"
+
+
 def test_at_equal_bytes_images_of_16_bits_are_half_as_many(bold_recipe: Recipe) -> None:
     real, recipe = load_real(bold_recipe.data), replace(bold_recipe, ipc=8)
     assert grid.match_bytes(recipe, real, "hard") == 4
