@@ -62,9 +62,10 @@ def distill(
 ) -> DistilledSet:
     """Distil `real` to `ipc` images per class by a method of METHODS and label the result.
 
-    labels: "hard", "static", "dynamic" or "replayed", of which `pool` says how many epochs are stored and how, and
-    `train` for what batches of students; image_encoding: see `DistilledSet.with_image_encoding`; `settings` are the
-    method's own (InferConfig, ...). `teachers` may be empty for a method and labels that need none.
+    labels: "hard", "static", "dynamic", "learned" (of a method that learns them) or "replayed", of which `pool` says
+    how many epochs are stored and how, and `train` for what batches of students; image_encoding: see
+    `DistilledSet.with_image_encoding`; `settings` are the method's own (InferConfig, ...). `teachers` may be empty for
+    a method and labels that need none.
     """
     _check("real", real, RealData, "what load_real returns")
     teachers = _check_teachers(teachers, real)

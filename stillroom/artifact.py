@@ -71,13 +71,17 @@ def read_part(folder: Path, role: str, facts: FileFacts) -> bytes:
     raise StillroomError(problems[0] + hint)
 
 
-def encode_images(files: Sequence[bytes], labels: Tensor, slots: Tensor, class_names: Sequence[str]) -> bytes:
+def encode_images(
+    files: Sequence[bytes], labels: Tensor, slots: Tensor, class_names: Sequence[str], encoding: ImageEncoding
+) -> bytes:
     """A parquet file of encoded images, one of `files` each, with label and slot (int64 [n]).
 
-    Its schema carries the features that Hugging Face `datasets` looks for, so that class names show there.
+    Its schema carries the features that Hugging Face `datasets` looks for, so that class names show there; float16
+    images, which are no pictures, are plain bytes there.
     """
+    plain = {"bytes": {"dtype": "binary", "_type": "Value"}, "path": {"dtype": "string", "_type": "Value"}}
     features = {
-        "image": {"_type": "Image"},
+        "image": plain if encoding == "float16" else {"_type": "Image"},
         "label": {"names": list(class_names), "_type": "ClassLabel"},
         "slot": {"dtype": "int64", "_type": "Value"},
     }
@@ -110,9 +114,10 @@ def decode_images(
     height, width = size
     file = pq.ParquetFile(pa.BufferReader(content))
     rows = file.metadata.num_rows
-    if rows != facts.entries or facts.raw_bytes != rows * 3 * height * width:  # asked before memory is taken
+    dtype = torch.float16 if encoding == "float16" else torch.uint8
+    if rows != facts.entries or facts.raw_bytes != rows * 3 * height * width * dtype.itemsize:  # before memory is taken
         raise ValueError(f"{rows} images of {height} x {width} pixels, not {facts.entries} in {facts.raw_bytes} bytes")
-    images = torch.empty(rows, 3, height, width, dtype=torch.uint8)
+    images = torch.empty(rows, 3, height, width, dtype=dtype)
     labels: list[int] = []
     slots: list[int] = []
     files: list[bytes] = []
@@ -126,7 +131,9 @@ def decode_images(
 
 
 def encode_picture(image: Tensor, encoding: ImageEncoding) -> bytes:
-    """One image file of a uint8 image [3, height, width]."""
+    """One image file of an image [3, height, width]: uint8, or for float16 itself, whose bytes are little-endian."""
+    if encoding == "float16":
+        return image.contiguous().numpy().astype("<f2").tobytes()
     buffer = io.BytesIO()
     picture = Image.fromarray(to_pixels(image))
     if encoding == "png":
@@ -137,7 +144,12 @@ def encode_picture(image: Tensor, encoding: ImageEncoding) -> bytes:
 
 
 def decode_picture(content: bytes, encoding: ImageEncoding, size: tuple[int, int]) -> Tensor:
-    """uint8 [3, height, width] of an image file of `size` (width, height). Raises ValueError where it is another."""
+    """uint8 or float16 [3, height, width] of an image file of `size` (width, height).
+
+    Raises ValueError where it is another.
+    """
+    if encoding == "float16":
+        return torch.from_numpy(np.frombuffer(content, "<f2").astype(np.float16).reshape(3, size[1], size[0]))
     with Image.open(io.BytesIO(content), formats=["PNG" if encoding == "png" else "JPEG"]) as picture:
         if picture.size != size or picture.mode != "RGB":
             raise ValueError(f"an image is {picture.mode} of (width, height) {picture.size}")
@@ -161,6 +173,11 @@ def _refuse_foreign_folder(folder: Path) -> None:
 
 def _is_own(name: str) -> bool:
     return OWN_DATA_FILE.fullmatch(name) is not None or OWN_TEMPORARY.fullmatch(name) is not None
+
+
+def to_8_bits(pixels: Tensor) -> Tensor:
+    """uint8 of float pixels, cut to [0, 1] and rounded."""
+    return (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def to_pixels(image: Tensor) -> np.ndarray[Any, Any]:

@@ -112,6 +112,11 @@ def build_card(manifest: Manifest) -> bytes:
         "",
         f"- `{files['images'].name}`: image, label, slot; opens by `datasets.load_dataset` of this folder",
     ]
+    if manifest.image_encoding == "float16":
+        lines[-1] += (
+            ". An image is the bytes of float16 pixels [3, height, width] in [0, 1] units, little-endian; they may lie "
+            "beyond 0 and 1, where the contact sheet cuts them"
+        )
     if "compensators" in files:
         lines.append(
             f"- `{files['compensators'].name}`: tensor `compensators` [teachers, slots, 3, height, width], to be added "
@@ -119,6 +124,7 @@ def build_card(manifest: Manifest) -> bytes:
         )
     if "labels" in files:
         what = "tensor `logits` [views, classes], one row per view"
+        what += ", learned by the method, not by teachers" if manifest.label_kind == "learned" else ""
         if manifest.pool is not None:
             what = (
                 f"the teachers' logits of {manifest.pool.epochs} epochs of augmented batches, encoded as "
@@ -133,7 +139,8 @@ def build_card(manifest: Manifest) -> bytes:
         + "for each teacher every image + that teacher's compensator of the image's slot"
         + (", clipped to [0, 1]" if views.clip else "")
         + (", each passed through 8 bits and JPEG of quality 75" if views.view_encoding == "jpeg75" else "")
-        + f". Labels are {manifest.label_kind}.",
+        + f". Labels are {manifest.label_kind}."
+        + (f" The learned learning rate is {manifest.learning_rate:g}." if manifest.learning_rate is not None else ""),
         "",
         "## Bytes",
         "",

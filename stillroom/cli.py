@@ -319,7 +319,7 @@ def evaluate_command(words: list[str]) -> int:
         kind = distilled.manifest.label_kind if command.labels == "stored" else command.labels
         asked = None if command.labels == "stored" else command.pool
         holds = holds_labels(distilled, kind, asked)
-        needs_teachers = kind != "hard" and (kind == "dynamic" or not holds)
+        needs_teachers = kind not in ("hard", "learned") and (kind == "dynamic" or not holds)
         teachers = _label_with(command, own, words, distilled, real, plan, run) if needs_teachers else []
         if {teacher.hash for teacher in teachers} - {teacher.hash for teacher in distilled.manifest.teachers}:
             run.notice("these teachers are not the ones that the set was made with: their weights differ")

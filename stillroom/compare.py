@@ -197,7 +197,8 @@ def compare_entry(entry: Entry, work: Work) -> Iterator[dict[str, Any]]:
         return
     for student in students:
         for labels in kinds:
-            scored = labels != "hard" and student.network in work.references
+            # No random images have learned labels, to compare by.
+            scored = labels not in ("hard", "learned") and student.network in work.references
             recipe = replace(entry.recipe, student=student, labels=("hard", labels) if scored else (labels,))
             own = replace(work, student=student, recipe=recipe)
             try:
@@ -215,11 +216,15 @@ def compare_entry(entry: Entry, work: Work) -> Iterator[dict[str, Any]]:
 
 
 def make_set(entry: Entry, work: Work) -> tuple[DistilledSet, float | None]:
-    """Return an entry's distilled set without labels, made or read back, and the seconds that it took, if known."""
+    """Return an entry's distilled set, made or read back, and the seconds that it took, if known.
+
+    It has the labels that its method learned, or none.
+    """
     assert work.run.directory is not None
     if entry.folder is not None:
         distilled = load_distilled(entry.folder)
-        return (distilled if distilled.manifest.label_kind == "hard" else distilled.with_labels(None)), None
+        kept = distilled.manifest.label_kind in ("hard", "learned")
+        return distilled if kept else distilled.with_labels(None), None
     recipe = replace(entry.recipe, labels=("hard",))  # others are units of the comparison
     with Run(work.run.directory / "sets" / set_name(entry), parent=work.run) as own:
         settings = bound_settings(asdict(recipe) | {"labels": (), "labelled_by": None}, work.real)

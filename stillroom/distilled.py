@@ -4,8 +4,9 @@
     for image, soft_label in DataLoader(distilled.views(), batch_size=64, shuffle=True):
         ...
 
-The folder (manifest.json names the files and their SHA-256; see manifest.py) opens without this module: images are PNG
-or JPEG in a parquet file, compensators and labels are safetensors. Nothing here needs a teacher or training code.
+The folder (manifest.json names the files and their SHA-256; see manifest.py) opens without this module: images are PNG,
+JPEG or float16 bytes in a parquet file, compensators and labels are safetensors. Nothing here needs a teacher or
+training code.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -31,11 +32,12 @@ from stillroom.artifact import (
     encode_images,
     encode_picture,
     read_part,
+    to_8_bits,
     to_pixels,
     write_version,
 )
 from stillroom.card import Budget, budget_of, build_card, build_contact_sheet
-from stillroom.errors import StillroomError
+from stillroom.errors import StillroomError, suggest
 from stillroom.files import parse_tensors, sha256_bytes, tensor_bytes
 from stillroom.logits import StoredLogits
 from stillroom.manifest import (
@@ -54,6 +56,8 @@ JPEG_QUALITY = 75  # what the published scripts save their views with
 
 # Larger images are stored with loss: of photographs at 224 pixels PNG takes 2.8 times what JPEG 95 does (docs/log.md).
 LOSSLESS_UP_TO = 64
+
+EXACT_ENCODINGS = ("png", "float16")  # what images are encoded by whenever they are saved, since nothing is lost
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -133,10 +137,11 @@ def dequantize_compensators(stored: StoredCompensators) -> Tensor:
 class DistilledSet:
     """Images, compensators and labels of one distilled set, all on one device.
 
-    images uint8 [n, 3, height, width] (naturals, or another method's images); labels int64 [n]; slots int64 [n], the
-    index of each image within its class; soft_labels float16 [views, classes], logits in the order of `view_table`;
-    `image_files`: the images as they are stored, where that loses something (see `with_image_encoding`), else None;
-    pool: replayed labels [epochs, steps, batch, classes] of the batches that `manifest.pool` describes, which
+    images uint8 [n, 3, height, width] (naturals, or another method's images), or float16 in [0, 1] units, which may lie
+    beyond 0 and 1, where the manifest's image_encoding is "float16"; labels int64 [n]; slots int64 [n], the index of
+    each image within its class; soft_labels float16 [views, classes], logits in the order of `view_table`, static or
+    learned; `image_files`: the images as they are stored, where that loses something (see `with_image_encoding`), else
+    None; pool: replayed labels [epochs, steps, batch, classes] of the batches that `manifest.pool` describes, which
     `replay.ReplayLoader` forms; it alone stays on the CPU, and goes to the device batch by batch.
     Raises StillroomError where the parts contradict each other or the manifest.
     """
@@ -153,12 +158,21 @@ class DistilledSet:
     def __post_init__(self) -> None:
         manifest, count, stored = self.manifest, len(self.images), self.compensators
         expected = [count, 3, *manifest.image_size]
+        pixels = manifest.pixel_encoding
         _require(
-            self.images.dtype == torch.uint8 and list(self.images.shape) == expected and count > 0,
-            f"images are {self.images.dtype} {list(self.images.shape)}, but must be uint8 {expected}, at least one.",
+            self.images.dtype == getattr(torch, pixels) and list(self.images.shape) == expected and count > 0,
+            f"images are {self.images.dtype} {list(self.images.shape)}, but must be {pixels} {expected}, at least one, "
+            f"as image_encoding is {manifest.image_encoding!r}.",
         )
+        if pixels == "float16":
+            bad = (~torch.isfinite(self.images).flatten(1).all(1)).nonzero().flatten().tolist()[:3]
+            _require(
+                not bad,
+                f"pixels of images {bad} are not finite in float16: their optimisation went astray; lower its learning "
+                "rate.",
+            )
         _require(
-            (self.image_files is None) == (manifest.image_encoding == "png")
+            (self.image_files is None) == (manifest.image_encoding in EXACT_ENCODINGS)
             and (self.image_files is None or len(self.image_files) == count),
             f"image_encoding is {manifest.image_encoding!r}, but the encoded images are not there: use "
             "with_image_encoding.",
@@ -187,7 +201,7 @@ class DistilledSet:
             )
         presence = "absent" if self.soft_labels is None else "there"
         _require(
-            (presence == "there") == (manifest.label_kind == "static"),
+            (presence == "there") == (manifest.label_kind in ("static", "learned")),
             f"label_kind is {manifest.label_kind!r}, but soft labels are {presence}: use with_labels.",
         )
         if self.soft_labels is not None:
@@ -222,12 +236,16 @@ class DistilledSet:
     def fingerprint(self) -> str:
         """SHA-256 of what labels are made from: images, classes, compensators, how views are formed, teachers' weights.
 
-        Not of labels themselves, nor of how images are stored: sets that students could not tell apart are equal.
+        Not of labels that can be made again, nor of how images are stored: sets that students could not tell apart are
+        equal. Labels and a learning rate that were learned count, since nothing else tells of them.
         """
         stored = self.compensators
         parts = [self.images, self.labels, self.slots, *([] if stored is None else [stored.codes])]
         parts += [] if stored is None or stored.scale is None else [stored.scale]
-        facts = [dataclasses.asdict(self.manifest.views), [teacher.hash for teacher in self.manifest.teachers]]
+        if self.soft_labels is not None and self.manifest.label_kind == "learned":
+            parts.append(self.soft_labels)
+        facts: list[Any] = [dataclasses.asdict(self.manifest.views), [t.hash for t in self.manifest.teachers]]
+        facts += [] if self.manifest.learning_rate is None else [self.manifest.learning_rate]
         digests = [sha256_bytes(part.contiguous().cpu().numpy().tobytes()) for part in parts]
         return sha256_bytes(json.dumps([digests, facts]).encode())
 
@@ -241,8 +259,9 @@ class DistilledSet:
     def form_views(self, rows: Tensor) -> Tensor:
         """Views of the given rows (int64 [batch]) of `view_table`: float32 [batch, 3, height, width] in pixel units.
 
-        image / 255 + compensator, from what is stored, cut to [0, 1] if the manifest says so. With the encoding
-        "jpeg75" every view, plain images included, is what an 8-bit JPEG leaves of it; the first call encodes all.
+        image / 255 (float16 images as they are) + compensator, from what is stored, cut to [0, 1] if the manifest says
+        so. With the encoding "jpeg75" every view, plain images included, is what an 8-bit JPEG leaves of it; the first
+        call encodes all.
         """
         rows = rows.to(self.images.device, non_blocking=True)
         if self.manifest.views.view_encoding == "jpeg75":
@@ -275,7 +294,8 @@ class DistilledSet:
     def with_labels(self, soft_labels: Tensor | None, kind: LabelKind | None = None) -> DistilledSet:
         """The same set with other labels: logits [views, classes] of any float type, or None for "hard" or "dynamic".
 
-        `kind` is only needed for "dynamic". Saved to the same folder, the old labels go as the new ones come.
+        `kind` is only needed for "dynamic" and "learned". Saved to the same folder, the old labels go as the new ones
+        come; no teacher brings learned ones back.
         """
         label_kind = kind or ("hard" if soft_labels is None else "static")
         stored = None if soft_labels is None else soft_labels.detach().to(self.images.device, torch.float16)
@@ -290,10 +310,19 @@ class DistilledSet:
     def with_image_encoding(self, encoding: ImageEncodingChoice) -> DistilledSet:
         """The same set with its images as a file of this encoding leaves them: "png" loses nothing, "jpeg95" a little.
 
-        "auto": png up to 64 pixels, jpeg95 above. Compensators stay, though they were optimised on the images before.
-        Soft labels go, since they were made from the views before: label the set again. Raises StillroomError for
-        images that have lost something already, in another encoding.
+        "auto": png up to 64 pixels, jpeg95 above; float16 images stay as they are. Compensators and learned labels
+        stay, though they were optimised with the images before. Other soft labels go, since they were made from the
+        views before: label the set again. Raises StillroomError for float16 images in any other encoding, and for
+        images that have lost something already.
         """
+        choices = get_args(ImageEncodingChoice)
+        _require(encoding in choices, f"image_encoding {encoding!r} is not known." + suggest(str(encoding), choices))
+        if self.manifest.image_encoding == "float16":
+            _require(
+                encoding == "auto",
+                f"the images are float16 pixels, which {encoding} would cut and round: leave image_encoding at 'auto'.",
+            )
+            return self
         if encoding == "auto":
             encoding = "png" if max(self.manifest.image_size) <= LOSSLESS_UP_TO else "jpeg95"
         if encoding == self.manifest.image_encoding:
@@ -305,12 +334,14 @@ class DistilledSet:
         height, width = self.manifest.image_size
         files = tuple(encode_picture(image, encoding) for image in self.images.cpu())
         images = torch.stack([decode_picture(file, encoding, (width, height)) for file in files])
-        label_kind = "hard" if self.manifest.label_kind in ("static", "replayed") else self.manifest.label_kind
+        label_kind = self.manifest.label_kind
+        soft_labels = self.soft_labels if label_kind == "learned" else None
+        label_kind = "hard" if label_kind in ("static", "replayed") else label_kind
         return dataclasses.replace(
             self,
             images=images.to(self.images.device),
             image_files=files,
-            soft_labels=None,
+            soft_labels=soft_labels,
             pool=None,
             manifest=dataclasses.replace(
                 self.manifest, image_encoding=encoding, label_kind=label_kind, pool=None, files={}
@@ -337,7 +368,8 @@ class DistilledSet:
         contents = _encode_parts(self)
         manifest = dataclasses.replace(self.manifest, files=_describe(self, contents))
         offsets = None if self.compensators is None else dequantize_compensators(self.compensators)
-        contents["contact_sheet"] = build_contact_sheet(self.images, self.labels, offsets)
+        shown = self.images if self.images.dtype == torch.uint8 else to_8_bits(self.images)
+        contents["contact_sheet"] = build_contact_sheet(shown, self.labels, offsets)
         contents["card"] = build_card(manifest)
         manifest = dataclasses.replace(manifest, files=_describe(self, contents))
         write_version(Path(path), manifest, contents)
@@ -345,7 +377,9 @@ class DistilledSet:
 
     def _form_exact(self, rows: Tensor) -> Tensor:
         image, compensator = self._table[rows].unbind(1)
-        views = self.images[image].float() / 255
+        views = self.images[image].float()
+        if self.images.dtype == torch.uint8:
+            views /= 255
         if self._offsets is not None:
             views += self._offsets[compensator]
         return views.clamp_(0, 1) if self.manifest.views.clip else views
@@ -493,8 +527,9 @@ def _describe(distilled: DistilledSet, contents: dict[str, bytes]) -> dict[str, 
 
 def _encode_parts(distilled: DistilledSet) -> dict[str, bytes]:
     stored, class_names = distilled.compensators, distilled.manifest.class_names
-    files = distilled.image_files or [encode_picture(image, "png") for image in distilled.images.cpu()]
-    contents = {"images": encode_images(files, distilled.labels, distilled.slots, class_names)}
+    encoding = distilled.manifest.image_encoding
+    files = distilled.image_files or [encode_picture(image, encoding) for image in distilled.images.cpu()]
+    contents = {"images": encode_images(files, distilled.labels, distilled.slots, class_names, encoding)}
     if stored is not None:
         tensors = {"compensators": stored.codes} | ({} if stored.scale is None else {"scale": stored.scale})
         contents["compensators"] = tensor_bytes(tensors, {"units": "pixels in [0, 1]"}, "the compensators")
@@ -529,7 +564,7 @@ def _decode(folder: Path, manifest: Manifest, contents: dict[str, bytes]) -> Dis
     except Exception as error:  # the parsers raise many classes, all of which mean the same
         raise StillroomError(f"{path} does not hold what the manifest says ({error}): save the set again.") from error
     try:
-        kept = None if encoding == "png" else image_files
+        kept = None if encoding in EXACT_ENCODINGS else image_files
         distilled = DistilledSet(images, labels, slots, compensators, soft_labels, manifest, kept, pool)
     except StillroomError as error:
         raise StillroomError(f"{folder}: {error}") from error

@@ -134,11 +134,13 @@ def _distill_stages(recipe: Recipe, real: RealData, plan: Plan) -> list[Stage]:
         stages = [_score_stage(recipe, real, plan)]
     elif recipe.method != "random":
         stages = [Stage(recipe.method, "not timed, not counted", 0.0, 0, 0)]
-    stages.append(Stage("images", f"{content.images:,} images", 0.0, 0, content.images * pixels))
+    kept = content.images * pixels * content.image_bits // 8
+    stages.append(Stage("images", f"{content.images:,} images", 0.0, 0, kept))
     train = recipe.student.train
-    if "static" in recipe.labels:
-        kept = count_label_bytes("static", content.views, real.classes, recipe.pool, train.batch_size)
-        stages.append(Stage("static labels", f"{content.views:,} views", 0.0, 0, kept))
+    for kind in ("static", "learned"):
+        if content.learned_labels if kind == "learned" else kind in recipe.labels:
+            kept = count_label_bytes(kind, content.views, real.classes, recipe.pool, train.batch_size)
+            stages.append(Stage(f"{kind} labels", f"{content.views:,} views", 0.0, 0, kept))
     if "replayed" in recipe.labels:
         batch = min(train.batch_size, content.views)
         steps = recipe.pool.epochs * (content.views // batch)
@@ -264,7 +266,7 @@ def _student_stages(
         if recipe.controls:  # those of pipeline.build_cells, at both budgets
             controls = [("random", "hard", random), ("random", labels, random), ("naturals", labels, content.images)]
             for name, kind, count in controls:
-                if name == recipe.method or (name == "naturals" and not content.compensators):
+                if name == recipe.method or (name == "naturals" and not content.compensators) or kind == "learned":
                     continue
                 alone = round(epochs * count / min(batch, count))
                 cells |= {(f"{name}, {count}", kind, total, network) for total in (steps, alone)}

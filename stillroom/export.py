@@ -8,7 +8,7 @@ npz         one file: train_images, train_labels, class_names, and soft_labels (
 ddranking   images.pt, labels.pt, hard_labels.pt: what DD-Ranking's evaluators are given as tensors
 
 None of them knows compensators, so all hold views, one image each: what sharing saves is lost, and so are manifest,
-hashes and dynamic labels. `infer`, `folder` and uint8 arrays hold 8 bits a channel.
+hashes, dynamic labels and a learned learning rate. `infer`, `folder` and uint8 arrays hold 8 bits a channel, in [0, 1].
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stillroom.artifact import encode_picture
+from stillroom.artifact import encode_picture, to_8_bits
 from stillroom.data import FACTS
 from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError, suggest
@@ -72,7 +72,9 @@ def export_set(distilled: DistilledSet, to: ExportLayout, out: Path | str) -> li
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     sync_folder(out.parent)
-    if distilled.manifest.label_kind not in ("hard", "static"):
+    if distilled.manifest.learning_rate is not None:
+        notes.append(f"the learned learning rate, {distilled.manifest.learning_rate:g}, was not written")
+    if distilled.manifest.label_kind in ("dynamic", "replayed"):
         notes.append(f"{distilled.manifest.label_kind} labels belong to augmented views: none were written")
     return notes
 
@@ -105,7 +107,7 @@ def write_folder(distilled: DistilledSet, folder: Path) -> list[str]:
             label = int(distilled.labels[image])
             path = f"{names[label]}/class{label:03d}_id{counts[label]:03d}.png"
             counts[label] += 1
-            (folder / path).write_bytes(encode_picture(_rounded(view), "png"))
+            (folder / path).write_bytes(encode_picture(to_8_bits(view), "png"))
             index.writerow([path, label, distilled.manifest.class_names[label], image, compensator])
     if distilled.soft_labels is not None:
         np.save(folder / SOFT_LABEL_FILE, distilled.soft_labels[order].numpy())
@@ -122,7 +124,7 @@ def write_npz(distilled: DistilledSet, folder: Path) -> list[str]:
     order = _class_order(distilled)
     views = torch.stack([view for _, view in _each_view(distilled, order)])
     arrays = {
-        "train_images": (_rounded(views) if _is_8_bit(distilled) else views).numpy(),
+        "train_images": (to_8_bits(views) if _is_8_bit(distilled) else views).numpy(),
         "train_labels": distilled.labels[distilled.view_table()[order, 0]].numpy(),
         "class_names": np.array(distilled.manifest.class_names),
     }
@@ -217,12 +219,9 @@ def _class_order(distilled: DistilledSet) -> Tensor:
     return distilled.labels[distilled.view_table()[:, 0]].argsort(stable=True)
 
 
-def _rounded(views: Tensor) -> Tensor:
-    return (views.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
 def _is_8_bit(distilled: DistilledSet) -> bool:
-    return distilled.compensators is None or distilled.manifest.views.view_encoding == "jpeg75"
+    plain = distilled.compensators is None and distilled.images.dtype == torch.uint8
+    return plain or distilled.manifest.views.view_encoding == "jpeg75"
 
 
 def _exactness(distilled: DistilledSet) -> str:

@@ -22,7 +22,7 @@ from stillroom.labels import count_label_bytes
 from stillroom.manifest import LabelKind
 from stillroom.methods import METHODS
 from stillroom.networks import build_network
-from stillroom.pipeline import check_recipe
+from stillroom.pipeline import check_recipe, learns_labels
 from stillroom.recipes import Recipe
 from stillroom.settings import read_plain
 from stillroom.students import check_matches
@@ -167,8 +167,9 @@ def plan_method(text: str, base: Recipe, grid: Grid, real: RealData, known: Sequ
     Raises StillroomError for what cannot be made of this data, and for what is among `known` by another name.
     """
     recipe = read_method(text, base)
+    learned = "learned" in base.labels and learns_labels(recipe, real)
     matched: dict[int, list[LabelKind]] = {}
-    for labels in base.labels:
+    for labels in kinds_of(base.labels, learned):
         count = base.ipc if grid.budget == "ipc" else match_bytes(recipe, real, labels)
         matched.setdefault(count, []).append(labels)
     entries = []
@@ -182,6 +183,17 @@ def plan_method(text: str, base: Recipe, grid: Grid, real: RealData, known: Sequ
     return entries
 
 
+def kinds_of(labels: tuple[LabelKind, ...], learned: bool) -> tuple[LabelKind, ...]:
+    """Return the kinds of label that a set is compared by: those of the grid, learned ones only where it has `learned`.
+
+    Raises StillroomError where none is left.
+    """
+    kinds = tuple(kind for kind in labels if kind != "learned" or learned)
+    if not kinds:
+        raise StillroomError("it has no learned labels; give --labels static, too")
+    return kinds
+
+
 def plan_folder(text: str, base: Recipe, real: RealData) -> Entry:
     """Return the entry of a distilled set in a folder: its own budget, and the recipe's labels and students.
 
@@ -192,8 +204,10 @@ def plan_folder(text: str, base: Recipe, real: RealData) -> Entry:
     check_matches(distilled, real)
     ipc = distilled.manifest.ipc
     # Its method may be nobody's here; the recipe says who labels it and what its controls are.
-    recipe = replace(base, method=base.method if base.method != "random" else "infer", ipc=ipc)
-    check_recipe(replace(recipe, method="random"), real)
+    labels = kinds_of(base.labels, distilled.manifest.label_kind == "learned")
+    recipe = replace(base, method=base.method if base.method != "random" else "infer", ipc=ipc, labels=labels)
+    others = tuple(kind for kind in labels if kind != "learned") or ("hard",)
+    check_recipe(replace(recipe, method="random", labels=others), real)
     return Entry(text, ipc, recipe, folder)
 
 
@@ -222,13 +236,16 @@ def match_bytes(recipe: Recipe, real: RealData, labels: LabelKind) -> int:
 
 
 def raw_bytes(recipe: Recipe, real: RealData, labels: LabelKind) -> int:
-    """Return the raw bytes of a set of the recipe: pixels, compensators, and the labels that are stored with it."""
+    """Return the raw bytes of a set of the recipe: pixels, compensators, and the labels that are stored with it.
+
+    Random images have no learned labels, but are granted the bytes of static ones, to match such sets by.
+    """
     content = METHODS[recipe.method].content(real, len(recipe.teachers.networks), recipe.ipc, recipe.method_config)
     pixels = 3 * real.image_size**2
     scale = 3 * 4 if content.compensator_bits == 8 else 0  # float32 per channel, which 8-bit values are read by
     stored = count_label_bytes(labels, content.views, real.classes, recipe.pool, recipe.student.train.batch_size)
     compensators = content.compensators * (pixels * content.compensator_bits // 8 + scale)
-    return content.images * pixels + compensators + stored
+    return content.images * pixels * content.image_bits // 8 + compensators + stored
 
 
 def slug(name: str) -> str:

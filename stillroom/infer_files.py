@@ -69,7 +69,8 @@ def write_infer(distilled: DistilledSet, folder: Path) -> list[str]:
                 Image.fromarray(to_pixels(pixels)).save(path, "JPEG", quality=JPEG_QUALITY)
     names = [teacher.name for teacher in manifest.teachers]
     back = f"; to read it back: stillroom import DIR --teachers {' '.join(names)} --data.source ..." if names else ""
-    return [f"{slots} slots, blocks: {', '.join(['naturals', *names])}; soft labels: none{back}"]
+    cut = ["pixels are cut to [0, 1] and rounded down to 8 bits"] if manifest.image_encoding == "float16" else []
+    return [*cut, f"{slots} slots, blocks: {', '.join(['naturals', *names])}; soft labels: none{back}"]
 
 
 def find_blocks(files: FileImages, labels: np.ndarray, class_names: Sequence[str], teachers: Sequence[str]) -> Tensor:

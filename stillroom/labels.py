@@ -1,6 +1,7 @@
 """Labels (relabel): hard, static soft (Equation 6, stored once per view), dynamic soft (for every augmented batch).
 
-Replayed labels are dynamic ones stored for a few epochs; see replay.py.
+Replayed labels are dynamic ones stored for a few epochs; see replay.py. Learned labels are a method's own: kept here,
+never made.
 """
 
 from __future__ import annotations
@@ -77,8 +78,16 @@ def attach_labels(
 ) -> DistilledSet:
     """Return the set with labels of `kind`: "hard", "static" (logits of every view, stored) or "dynamic" (none).
 
-    "replayed": logits of `pool.epochs` epochs of the batches that students trained by `train` see, stored.
+    "replayed": logits of `pool.epochs` epochs of the batches that students trained by `train` see, stored. "learned":
+    the set as it is. Raises StillroomError where its method learned none, or where they were replaced.
     """
+    if kind == "learned":
+        if distilled.manifest.label_kind != kind:
+            raise StillroomError(
+                f"labels is 'learned', but this set of {distilled.manifest.method!r} holds none, its labels are "
+                f"{distilled.manifest.label_kind}; give hard, static, replayed or dynamic"
+            )
+        return distilled
     if kind == "static":
         return distilled.with_labels(compute_static_labels(distilled, teachers, plan, run, unit))
     if kind == "replayed":
@@ -185,9 +194,9 @@ def encode_batch(logits: Tensor, encoding: LabelEncoding, epoch: int, within: in
 
 
 def count_label_bytes(kind: str, views: int, classes: int, pool: PoolConfig, batch_size: int) -> int:
-    """Return the bytes of labels that are stored with a set: of static ones a float16 row per view, of replayed ones
-    a row per image of every batch of the pool's epochs, of others none."""
-    if kind == "static":
+    """Return the bytes of labels that are stored with a set: of static and learned ones a float16 row per view, of
+    replayed ones a row per image of every batch of the pool's epochs, of others none."""
+    if kind in ("static", "learned"):
         return views * classes * LABEL_BYTES
     if kind == "replayed":
         batch = min(batch_size, views)

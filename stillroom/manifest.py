@@ -1,9 +1,9 @@
 """manifest.json: what a distilled set says about itself, and the only list of the files that belong to it.
 
 The dataclasses are the schema: their fields are exactly the keys of the file, and both directions run the same checks.
-A method that needs more (float pixels, a learned learning rate) adds a value to a `Literal` or, where reading does not
-depend on it, a key to `extra`. A key whose default suits every older set joins LATER_KEYS; anything else raises
-SCHEMA_VERSION.
+A method that needs more adds a value to a `Literal` (float pixels and learned labels did) or, where reading does not
+depend on it, a key to `extra` (a learned learning rate). A key whose default suits every older set joins LATER_KEYS;
+anything else raises SCHEMA_VERSION.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ SEAL_KEY = "manifest_sha256"  # of the manifest's own bytes without this key
 LARGEST_FILE = 2**46  # bytes; more than any image set that was ever distilled
 LIBRARIES = ("stillroom", "torch", "torchvision", "timm", "numpy", "pillow", "pyarrow", "safetensors")
 
-LabelKind = Literal["hard", "static", "replayed", "dynamic"]
+LabelKind = Literal["hard", "static", "replayed", "dynamic", "learned"]
 LabelEncoding = Literal["float16", "uint8", "top4", "top8", "top16", "top32"]  # of replayed labels; see logits.py
 ViewEncoding = Literal["exact", "jpeg75"]
 # Lossless, or JPEG of a quality, of which ours subsample no colours.
-ImageEncoding = Literal["png", "jpeg95", "jpeg90", "jpeg75"]
-ImageEncodingChoice = Literal["auto", ImageEncoding]  # auto: by the images' size
+PictureEncoding = Literal["png", "jpeg95", "jpeg90", "jpeg75"]
+# float16: the bytes of pixels that a method learned without bounds; no choice of the user's, who has 8 bits or not.
+ImageEncoding = Literal[PictureEncoding, "float16"]
+ImageEncodingChoice = Literal["auto", PictureEncoding]  # auto: by the images' size, float16 as it is
 Resize = Literal["refuse", "squash", "crop"]
 
 # Keys that manifests of this schema version may lack, since they came later; their defaults say what was meant.
@@ -190,7 +192,7 @@ class FileFacts:
     """One file of the set: its name, size in bytes and SHA-256, and what it holds.
 
     `entries` counts images, compensators or label rows, `raw_bytes` what their tensors take in memory as stored (uint8
-    pixels; float16, or 8-bit codes with their scales; logits as they are encoded). Both are 0 for the card.
+    or float16 pixels; float16, or 8-bit codes with their scales; logits as they are encoded). Both are 0 for the card.
     """
 
     name: str
@@ -233,9 +235,10 @@ class Manifest:
     `recipe` holds the resolved settings of the method and `extra` anything else that JSON can hold and that reading
     the set does not depend on. `class_names` stand in label order, `image_size` is (height, width), `ipc` the budget in
     images per class. `label_kind`: "hard" (the class), "static" (soft labels stored, one per view), "replayed" (soft
-    labels of augmented batches stored, as `pool` says) or "dynamic" (teachers label every augmented batch).
-    `image_encoding` is how the image files are compressed. Raises StillroomError for values that no distilled set can
-    have.
+    labels of augmented batches stored, as `pool` says), "dynamic" (teachers label every augmented batch) or "learned"
+    (stored as static ones are, but the method's own: no teacher could make them again). `image_encoding` is how the
+    image files are compressed; `pixel_encoding` follows from it. Raises StillroomError for values that no distilled
+    set can have.
     """
 
     method: str
@@ -250,7 +253,7 @@ class Manifest:
     views: ViewSettings = ViewSettings()
     label_kind: LabelKind = "hard"
     pool: PoolFacts | None = None
-    pixel_encoding: Literal["uint8"] = "uint8"
+    pixel_encoding: Literal["uint8", "float16"] = "uint8"
     image_encoding: ImageEncoding = "png"
     libraries: dict[str, str] = field(default_factory=library_versions)
     extra: dict[str, Any] = field(default_factory=dict)
@@ -281,6 +284,12 @@ class Manifest:
             ("image_encoding", self.image_encoding, ImageEncoding),
         ):
             _require(value in get_args(kind), f"{name} {value!r} is not known." + suggest(str(value), get_args(kind)))
+        object.__setattr__(self, "pixel_encoding", "float16" if self.image_encoding == "float16" else "uint8")
+        rate = self.learning_rate
+        _require(
+            rate is None or (type(rate) in (int, float) and 0 < rate < 1e6),
+            f"extra.learning_rate is {rate!r:.80}, but must be a number above 0 and below 1e6.",
+        )
         presence = "absent" if self.pool is None else "there"
         _require(
             (presence == "there") == (self.label_kind == "replayed"),
@@ -294,6 +303,15 @@ class Manifest:
                 facts.name == expected,
                 f"files.{role}.name is {facts.name!r}, but its content is only ever stored as {expected!r}.",
             )
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The students' learning rate that the method learned beside the images, None where it learned none.
+
+        It lies in `extra`: the set can be read without it, and sets that have none keep their bytes.
+        """
+        rate: float | None = self.extra.get("learning_rate")
+        return rate
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

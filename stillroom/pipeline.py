@@ -112,6 +112,10 @@ def check_recipe(recipe: Recipe, real: RealData, control_ipc: int | None = None)
     build_network(recipe.student.network, real.classes, real.image_size)
     models = {name: build_network(name, real.classes, real.image_size) for name in recipe.teachers.networks}
     own = METHODS[recipe.method].check(real, models, recipe.ipc, recipe.method_config)
+    if "learned" in recipe.labels and not learns_labels(recipe, real):
+        raise StillroomError(
+            f"labels has 'learned', but {recipe.method!r} learns none; give hard, static, replayed or dynamic"
+        )
     needed = max(own, budget) if recipe.controls else own  # the random control's
     counts = real.train.labels.bincount(minlength=real.classes)
     if int(counts.min()) < needed:
@@ -126,6 +130,12 @@ def check_recipe(recipe: Recipe, real: RealData, control_ipc: int | None = None)
             f"ipc {budget} for {real.classes} classes is a budget of {budget * real.classes} images, but "
             f"{real.name!r} has only {len(real.train)} training images; lower --ipc"
         )
+
+
+def learns_labels(recipe: Recipe, real: RealData) -> bool:
+    """Whether the recipe's method learns labels, by its content in METHODS."""
+    content = METHODS[recipe.method].content
+    return content(real, len(recipe.teachers.networks), recipe.ipc, recipe.method_config).learned_labels
 
 
 def distill_recipe(recipe: Recipe, run: Run, real: RealData, teachers: list[Teacher], plan: Plan) -> DistilledSet:
@@ -147,10 +157,11 @@ def distill_recipe(recipe: Recipe, run: Run, real: RealData, teachers: list[Teac
     distilled = distill(real, teachers, recipe.ipc, recipe.method_config, recipe.distill_seed, plan, run)
     check_made(recipe, real, teachers, distilled)
     distilled = distilled.with_image_encoding(recipe.image_encoding)
-    kind = next((k for k in recipe.labels if k == "static"), recipe.labels[0])
-    unit, train = f"labels-{recipe.method}", recipe.student.train
-    labelled_by = labellers(recipe, teachers)
-    distilled = attach_labels(distilled, kind, labelled_by, plan, run, unit, recipe.pool, train)
+    if distilled.manifest.label_kind != "learned":  # which stay with their set; the run keeps others beside them
+        kind = next((k for k in recipe.labels if k == "static"), recipe.labels[0])
+        unit, train = f"labels-{recipe.method}", recipe.student.train
+        labelled_by = labellers(recipe, teachers)
+        distilled = attach_labels(distilled, kind, labelled_by, plan, run, unit, recipe.pool, train)
     if folder is not None:
         manifest = distilled.save(folder)
         files = {role: facts.sha256 for role, facts in manifest.files.items()}
@@ -163,7 +174,8 @@ def check_made(recipe: Recipe, real: RealData, teachers: list[Teacher], made: Di
     """Raise StillroomError for a set that is not what its method says it makes, by which budgets are matched."""
     codes = None if made.compensators is None else made.compensators.codes
     compensators, bits = (0, 0) if codes is None else (codes.shape[0] * codes.shape[1], 8 * codes.element_size())
-    held = Content(len(made.images), compensators, bits, made.view_count)
+    learned = made.manifest.label_kind == "learned"
+    held = Content(len(made.images), compensators, bits, made.view_count, 8 * made.images.element_size(), learned)
     said = METHODS[recipe.method].content(real, len(teachers), recipe.ipc, recipe.method_config)
     if made.manifest.method != recipe.method or held != said:
         raise StillroomError(
@@ -275,7 +287,8 @@ def build_cells(
     `called`: the method's name in the table, where that is not enough to tell it from others; `random`: the random
     control, where it is made already.
     Controls: random images with hard labels, random images with the same labels, and, for INFER, its naturals without
-    compensators; at the epochs of the method and at its optimiser steps, since it has M + 1 times as many views.
+    compensators; at the epochs of the method and at its optimiser steps, since it has M + 1 times as many views. Nobody
+    has learned labels but their own set, so beside these stand random images with hard labels alone.
     """
     method, labelled_by = called or recipe.method, labellers(recipe, teachers)
     # Sets that other teachers label too, in one table, are told apart.
@@ -309,11 +322,11 @@ def build_cells(
         unit = _unit(method, distilled)
         own = labelled(method, labels, train)
         steps = steps_for(own, train)
-        by = labels_by if labels != "hard" else ""
+        by = labels_by if labels not in ("hard", "learned") else ""
         cells.append(Cell(f"{unit}-{labels}{by}-{steps}", method, labels, (), own, steps))
         controls = [("random", "hard"), ("random", labels), ("naturals", labels)]
         for name, kind in dict.fromkeys(controls):
-            if name == method or name not in sets:
+            if name == method or name not in sets or kind == "learned":
                 continue
             control, by = labelled(name, kind, train), labels_by if kind != "hard" else ""
             budgets: tuple[tuple[Literal["equal epochs", "equal steps"], int], ...] = (

@@ -61,7 +61,7 @@ class Recipe:
             if len(set(values)) != len(values):
                 raise StillroomError(f"{name} {' '.join(map(str, values))} has repeats; give each once")
         if not self.labels:
-            raise StillroomError("labels is empty; give hard, static, replayed or dynamic")
+            raise StillroomError("labels is empty; give hard, static, replayed, dynamic or learned")
         if self.labelled_by is not None:
             if not self.labelled_by or len(set(self.labelled_by)) != len(self.labelled_by):
                 raise StillroomError(f"labelled_by is {list(self.labelled_by)}; name one teacher or more, each once")
@@ -75,7 +75,7 @@ class Recipe:
     @property
     def needs_teachers(self) -> bool:
         """Whether anything is made or labelled by teachers: random images with hard labels are not."""
-        return METHODS[self.method].needs_teachers or set(self.labels) != {"hard"}
+        return METHODS[self.method].needs_teachers or not set(self.labels) <= {"hard", "learned"}
 
     @property
     def method_config(self) -> Any:

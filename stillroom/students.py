@@ -47,6 +47,7 @@ class StudentConfig:
     measure_every_epochs: int = 0  # accuracy for the curve; 0: after training only
     loss: Literal["kl", "mse_hard"] = "kl"  # with soft labels; mse_hard: G-VBSM's, see `mse_hard_loss`
     hard_weight: float = 0.1  # of the hard label in mse_hard: G-VBSM's gamma
+    learned_rate: bool = False  # the learning rate that a set's method learned, where it did, not train.learning_rate
 
     def __post_init__(self) -> None:
         check_choices(self, "student")
@@ -190,6 +191,8 @@ def evaluate(
         raise StillroomError("seeds is empty; give at least one, such as 0 1 2")
     kind = distilled.manifest.label_kind
     train = config.train_for(kind)
+    if config.learned_rate and distilled.manifest.learning_rate is not None:
+        train = replace(train, learning_rate=distilled.manifest.learning_rate)
     if kind == "replayed":
         replayed_epochs(distilled, train)  # refused before anything is trained
     steps = total_steps or steps_for(distilled, train)
@@ -290,10 +293,10 @@ def build_draws(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Return the function that makes a training batch of views: formed, cropped, flipped, mixed, and labelled.
 
-    Targets are logits [batch, classes] (static: of the stored rows, mixed like the images, which Equation 5 allows;
-    dynamic: of the teachers on the mixed images; replayed: of the teachers then, stored by epoch and step), or class
-    probabilities for hard labels. `with_hard` puts the hard labels beside the logits, [batch, 2, classes]: those of the
-    images before mixing, as in G-VBSM's scripts.
+    Targets are logits [batch, classes] (static, learned: of the stored rows, mixed like the images, which Equation 5
+    allows; dynamic: of the teachers on the mixed images; replayed: of the teachers then, stored by epoch and step), or
+    class probabilities for hard labels. `with_hard` puts the hard labels beside the logits, [batch, 2, classes]: those
+    of the images before mixing, as in G-VBSM's scripts.
     """
     kind = distilled.manifest.label_kind
     form_batch = build_batches(distilled, train, plan.device)

@@ -113,7 +113,10 @@ def test_a_section_for_a_value_and_a_value_for_a_section_are_refused(content: st
         ("infer: {compensator_bits: 4}", "line 1: infer.compensator_bits is '4'; give 16 or 8"),
         ("controls: 1", "line 1: controls is '1'; give true or false"),
         ("data: {root: }", "line 1: data.root is null; give text"),
-        ("labels: [hard, soft]", "line 1: labels is [hard, soft]; give a list, each hard, static, replayed or dynamic"),
+        (
+            "labels: [hard, soft]",
+            "line 1: labels is [hard, soft]; give a list, each hard, static, replayed, dynamic or learned",
+        ),
         ("seeds: &a [0, *a]", "line 1: seeds is [0, ...]; give a list, each a whole number"),
     ],
 )

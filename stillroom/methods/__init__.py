@@ -16,10 +16,10 @@ class Method:
     """One way to distil.
 
     config: its settings, a dataclass. distill(real, teachers, ipc, config, seed, plan, run) returns the DistilledSet,
-    without labels. check(real, networks by name, ipc, config) returns how many real images per class it takes, and
-    raises StillroomError for what it cannot do with these networks (weights do not matter), before any work is spent.
-    content(real, teachers, ipc, config) returns what the set will hold. needs_teachers: whether it is made by teachers;
-    for one that is not, none are trained where none label.
+    without labels or with those that it learned. check(real, networks by name, ipc, config) returns how many real
+    images per class it takes, and raises StillroomError for what it cannot do with these networks (weights do not
+    matter), before any work is spent. content(real, teachers, ipc, config) returns what the set will hold.
+    needs_teachers: whether it is made by teachers; for one that is not, none are trained where none label.
     """
 
     config: type[Any]

@@ -31,12 +31,18 @@ class RandomConfig:
 
 @dataclass(frozen=True)
 class Content:
-    """What a set holds: how many images and compensators, bits of a compensator's value, and views."""
+    """What a set holds: how many images and compensators, bits of a compensator's value, and views.
+
+    image_bits: of a pixel's value, 16 where images are float16. learned_labels: whether each view has a label that the
+    method learned.
+    """
 
     images: int
     compensators: int
     compensator_bits: int
     views: int
+    image_bits: int = 8
+    learned_labels: bool = False
 
 
 def whole_images(real: RealData, teachers: int, ipc: int, config: Any) -> Content:
