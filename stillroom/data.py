@@ -325,7 +325,7 @@ def _open_named(name: str, config: DataConfig) -> Source:
     npz, folder, original = root / f"{name}.npz", root / name, root / (facts.folder or name)
     if npz.is_file():
         return _read_path(npz, facts, config)
-    if folder.is_dir() and ((folder / "train").is_dir() or readers.find_parquet(folder)):
+    if folder.is_dir() and readers.find_layout(folder) is not None:
         return _read_path(folder, facts, config)
     if name in readers.CIFAR_PICKLES:
         if config.download and not original.is_dir():
@@ -349,15 +349,17 @@ def _read_path(path: Path, facts: Facts | None, config: DataConfig) -> Source:
         if path.suffix == ".parquet":
             return _read_parquet(path, facts, config)
         raise StillroomError(f"--data.source {path} is neither .npz nor .parquet, nor a folder.")
-    if (path / "wnids.txt").is_file() and (path / "train").is_dir():
-        return readers.read_tiny_imagenet(path, with_test)
-    # Looked for only where there is no class folder, since a large image folder takes long to search.
-    has_classes = (path / "train").is_dir() and not any((path / "train").glob("*.parquet"))
-    if not has_classes and readers.find_parquet(path):
-        return _read_parquet(path, facts, config)
-    if not (path / "train").is_dir():
-        raise readers.no_train_folder(path)
-    return readers.read_folder(path, _test_splits(facts), with_test)
+    match readers.find_layout(path):
+        case "tiny-imagenet":
+            return readers.read_tiny_imagenet(path, with_test)
+        case "ilsvrc":
+            return readers.read_ilsvrc(path, with_test)
+        case "class folders":
+            return readers.read_folder(path, _test_splits(facts), with_test)
+        case "parquet":
+            return _read_parquet(path, facts, config)
+        case None:
+            raise readers.no_train_folder(path)
 
 
 def _read_parquet(path: Path, facts: Facts | None, config: DataConfig) -> Source:

@@ -17,7 +17,7 @@ LAYERS = (
     ("files", "compute", "networks", "augment", "settings", "render", "paper", "scores", "muon"),
     ("readers.stored", "readers.listing"),
     ("readers.digits", "readers.npz", "readers.cifar", "readers.folders", "readers.parquet"),
-    ("readers.imagenet",),
+    ("readers.ilsvrc", "readers.tiny_imagenet"),
     ("readers",),
     ("manifest", "images", "run", "softlabels"),
     ("artifact", "card", "data", "logits"),

@@ -5,14 +5,18 @@ and whether they are held in memory. Nothing here executes what a file contains:
 the one pickled layout (CIFAR's) goes through an unpickler that knows only arrays of bytes.
 """
 
+from pathlib import Path
+from typing import Literal
+
 from stillroom.readers.cifar import CIFAR_PICKLES, read_cifar_pickles
 from stillroom.readers.digits import read_digits
 from stillroom.readers.folders import no_train_folder, read_folder
-from stillroom.readers.imagenet import read_tiny_imagenet
+from stillroom.readers.ilsvrc import find_ilsvrc, read_ilsvrc
 from stillroom.readers.listing import LEFT_BEHIND, TEST_SPLITS
 from stillroom.readers.npz import npz_array, npz_headers, read_npz
 from stillroom.readers.parquet import ParquetImages, find_parquet, read_parquet
 from stillroom.readers.stored import ArrayImages, FileImages, Source, Split, Stored
+from stillroom.readers.tiny_imagenet import read_tiny_imagenet
 
 __all__ = [
     "CIFAR_PICKLES",
@@ -24,6 +28,7 @@ __all__ = [
     "Source",
     "Split",
     "Stored",
+    "find_layout",
     "find_parquet",
     "no_train_folder",
     "npz_array",
@@ -31,7 +36,25 @@ __all__ = [
     "read_cifar_pickles",
     "read_digits",
     "read_folder",
+    "read_ilsvrc",
     "read_npz",
     "read_parquet",
     "read_tiny_imagenet",
 ]
+
+Layout = Literal["tiny-imagenet", "ilsvrc", "class folders", "parquet"]
+
+
+def find_layout(root: Path) -> Layout | None:
+    """How the dataset in the folder `root` is laid out; None where it has neither class folders nor files to read."""
+    has_train = (root / "train").is_dir()
+    if has_train and (root / "wnids.txt").is_file():
+        return "tiny-imagenet"
+    if find_ilsvrc(root) is not None:
+        return "ilsvrc"
+    # Files are looked for only where there is no class folder, since a large image folder takes long to search.
+    if has_train and not any((root / "train").glob("*.parquet")):
+        return "class folders"
+    if find_parquet(root):
+        return "parquet"
+    return "class folders" if has_train else None

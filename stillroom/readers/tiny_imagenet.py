@@ -1,4 +1,4 @@
-"""ImageNet's own layouts: Tiny-ImageNet as it is published."""
+"""Tiny-ImageNet as it is published."""
 
 from __future__ import annotations
 
