@@ -15,7 +15,8 @@ from stillroom.readers.ilsvrc import find_ilsvrc, read_ilsvrc
 from stillroom.readers.listing import LEFT_BEHIND, TEST_SPLITS
 from stillroom.readers.npz import npz_array, npz_headers, read_npz
 from stillroom.readers.parquet import ParquetImages, find_parquet, read_parquet
-from stillroom.readers.stored import ArrayImages, FileImages, Source, Split, Stored
+from stillroom.readers.shards import ShardImages, has_shards, read_shards
+from stillroom.readers.stored import ArrayImages, FileImages, Source, Span, Split, Stored
 from stillroom.readers.tiny_imagenet import read_tiny_imagenet
 
 __all__ = [
@@ -25,7 +26,9 @@ __all__ = [
     "ArrayImages",
     "FileImages",
     "ParquetImages",
+    "ShardImages",
     "Source",
+    "Span",
     "Split",
     "Stored",
     "find_layout",
@@ -39,10 +42,11 @@ __all__ = [
     "read_ilsvrc",
     "read_npz",
     "read_parquet",
+    "read_shards",
     "read_tiny_imagenet",
 ]
 
-Layout = Literal["tiny-imagenet", "ilsvrc", "class folders", "parquet"]
+Layout = Literal["tiny-imagenet", "ilsvrc", "class folders", "parquet", "shards"]
 
 
 def find_layout(root: Path) -> Layout | None:
@@ -52,9 +56,9 @@ def find_layout(root: Path) -> Layout | None:
         return "tiny-imagenet"
     if find_ilsvrc(root) is not None:
         return "ilsvrc"
-    # Files are looked for only where there is no class folder, since a large image folder takes long to search.
-    if has_train and not any((root / "train").glob("*.parquet")):
-        return "class folders"
-    if find_parquet(root):
+    # Parquet is looked for only where there is no class folder, since a large image folder takes long to search.
+    if (not has_train or any((root / "train").glob("*.parquet"))) and find_parquet(root):
         return "parquet"
+    if has_shards(root):
+        return "shards"
     return "class folders" if has_train else None

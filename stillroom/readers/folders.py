@@ -81,15 +81,21 @@ def no_train_folder(root: Path) -> StillroomError:
             f"--data.source {root} has no train/ folder, but folders that look like classes ({quoted(classes)}): move "
             f"them below {root / 'train'}, and hold test images out with --data.holdout-per-class N."
         )
+    tars = [e.name for e in entries if e.name.endswith(".tar")]
+    if tars:
+        return StillroomError(
+            f"--data.source {root} holds tar files ({quoted(tars)}), none with 'train' in its name; name shards by "
+            "their splits, e.g. train-000000.tar and val-000000.tar."
+        )
     if entries and not folders:
         return StillroomError(
             f"--data.source {root} holds {len(entries)} files and no folders, whose names would be the classes: sort "
             f"the images into {root / 'train'}/<class>/, and hold test images out with --data.holdout-per-class N."
         )
     return StillroomError(
-        f"{root} has no train/ folder and no parquet files. Expected {root}/train/<class>/<images> and "
-        f"{root}/test/<class>/<images> (or val, valid, validation), or parquet files with 'train' and 'test' in "
-        "their names."
+        f"{root} has no train/ folder and no parquet files or shards. Expected {root}/train/<class>/<images> and "
+        f"{root}/test/<class>/<images> (or val, valid, validation), or parquet or tar files with 'train' and 'test' "
+        "in their names."
     )
 
 

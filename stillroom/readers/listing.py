@@ -27,3 +27,29 @@ def read_lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise StillroomError(f"{path} cannot be read: {error}. Unpack the dataset again.") from error
+
+
+def find_files(root: Path, pattern: str) -> list[Path]:
+    """The files of a folder whose names fit `pattern`, at most two folders deep and nothing hidden, sorted."""
+    found = [path for folder in ("", "*/", "*/*/") for path in root.glob(f"{folder}{pattern}")]
+    return sorted(path for path in found if not any(p.startswith(".") for p in path.relative_to(root).parts))
+
+
+def choose_splits(
+    root: Path, files: Sequence[Path], test_splits: Sequence[str], with_test: bool
+) -> tuple[list[Path], list[Path]]:
+    """-> the files of training, and those of the first of `test_splits` that has some. A file belongs to the split that
+    its own name contains, or else the name of its folder below `root`."""
+    found: dict[str, list[Path]] = {}
+    for path in files:
+        for text in (path.name, path.parent.name if path.parent != root else ""):
+            split = next((s for s in ("train", *test_splits) if s in text.lower()), None)
+            if split:
+                found.setdefault(split, []).append(path)
+                break
+    train, test = found.get("train", []), next((found[s] for s in test_splits if with_test and s in found), [])
+    for part in (train, test) if train else ():
+        folders = sorted({str(path.parent) for path in part})
+        if len(folders) > 1:
+            raise StillroomError(f"{root} holds several datasets; pass one of {folders} as --data.source.")
+    return train, test

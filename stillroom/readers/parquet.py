@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from stillroom.errors import StillroomError
-from stillroom.readers.listing import TEST_SPLITS
+from stillroom.readers.listing import TEST_SPLITS, choose_splits, find_files
 from stillroom.readers.stored import Source, Split
 
 
@@ -89,29 +89,7 @@ class ParquetImages:
 
 def find_parquet(root: Path) -> list[Path]:
     """The parquet files of a folder, at most two folders deep (the Hub's `data/` and `<config>/<split>/`), sorted."""
-    found = [path for pattern in ("*", "*/*", "*/*/*") for path in root.glob(f"{pattern}.parquet")]
-    return sorted(path for path in found if not any(p.startswith(".") for p in path.relative_to(root).parts))
-
-
-def _parquet_splits(root: Path, test_splits: Sequence[str], with_test: bool) -> tuple[list[Path], list[Path]]:
-    """A file belongs to the split that its own name contains, or else the name of its folder below `root`."""
-    files: dict[str, list[Path]] = {}
-    for path in find_parquet(root):
-        for text in (path.name, path.parent.name if path.parent != root else ""):
-            split = next((s for s in ("train", *test_splits) if s in text.lower()), None)
-            if split:
-                files.setdefault(split, []).append(path)
-                break
-    if "train" not in files:
-        raise StillroomError(
-            f"{root} has no parquet file with 'train' in its name; expected e.g. train-00000-of-00001.parquet."
-        )
-    test = next((files[split] for split in test_splits if with_test and split in files), [])
-    for part in (files["train"], test):
-        folders = sorted({str(path.parent) for path in part})
-        if len(folders) > 1:
-            raise StillroomError(f"{root} holds several datasets; pass one of {folders} as --data.source.")
-    return files["train"], test
+    return find_files(root, "*.parquet")
 
 
 def _image_column(schema: Any, wanted: str | None, where: Path) -> str:
@@ -187,7 +165,13 @@ def read_parquet(
     training values are the classes."""
     import pyarrow.parquet as pq
 
-    train_files, test_files = _parquet_splits(path, test_splits, with_test) if path.is_dir() else ([path], [])
+    train_files, test_files = [path], list[Path]()
+    if path.is_dir():
+        train_files, test_files = choose_splits(path, find_parquet(path), test_splits, with_test)
+        if not train_files:
+            raise StillroomError(
+                f"{path} has no parquet file with 'train' in its name; expected e.g. train-00000-of-00001.parquet."
+            )
     with _reading_parquet(train_files[0]):
         schema = pq.read_schema(train_files[0])
         image_column = _image_column(schema, image_column, train_files[0])

@@ -11,14 +11,33 @@ from typing import Protocol
 import numpy as np
 
 
+@dataclass(frozen=True)
+class Span:
+    """`size` bytes of the file `path` from byte `start`: an encoded image within a larger file."""
+
+    path: Path
+    start: int
+    size: int
+
+    def read(self) -> bytes:
+        """The bytes. Raises OSError where they cannot be read, ValueError where the file has become too short."""
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            content = file.read(self.size)
+        if len(content) < self.size:
+            raise ValueError(f"{self.path} ends within it")
+        return content
+
+
 class Stored(Protocol):
     """The images of one split where they are stored, addressed by position 0 ... n-1 (int64 arrays of positions)."""
 
     def name(self, index: int) -> str:
         """What an error message calls the image."""
 
-    def fetch(self, indices: np.ndarray) -> Sequence[Path | bytes | np.ndarray | None]:
-        """Per image a file, the bytes of an encoded image, uint8 pixels [height, width, 1 or 3], or None (missing)."""
+    def fetch(self, indices: np.ndarray) -> Sequence[Path | Span | bytes | np.ndarray | None]:
+        """Per image a file, a span of one, the bytes of an encoded image, uint8 pixels [height, width, 1 or 3], or None
+        (missing)."""
 
     def stored_bytes(self, indices: np.ndarray) -> int:
         """Bytes that these images occupy where they are stored."""
