@@ -73,7 +73,7 @@ def measure(arguments: argparse.Namespace, plan: Plan, run: Run) -> list[dict[st
             "stored_ratio": round(budget.stored_ratio, 6), "top1": [round(100 * value, 3) for value in result.top1],
         })  # fmt: skip
         print(f"{name:24} {100 * result.mean:6.2f} ± {100 * result.std:.2f}  {result.label_bytes:>12,} B", flush=True)
-    print(f"students by the protocol: {name_protocol(student, real.image_size)}")
+    print(f"students by the protocol: {name_protocol(student, real.image_size, ['hard'], [])}")
     return rows
 
 

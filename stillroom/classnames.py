@@ -13,6 +13,7 @@ from pathlib import Path
 
 from stillroom.data import RealData
 from stillroom.errors import StillroomError
+from stillroom.softlabels import read_index
 
 NUMBERED = re.compile(r"(?:new|class|label|n|c)?[ _-]?(\d+)", re.IGNORECASE)
 WORDNET_ID = re.compile(r"n\d{8}")
@@ -46,7 +47,8 @@ def match_classes(
     for label, name in enumerate(real.class_names):
         if known.setdefault(plain_name(name), label) != label:  # two classes that differ by signs alone
             known[plain_name(name)] = -1
-    by_name = {name: known.get(plain_name(name), -1) for name in names}
+    known |= {name: label for label, name in enumerate(real.class_names)}  # letter by letter, whatever else is like it
+    by_name = {name: known.get(name, known.get(plain_name(name), -1)) for name in names}
     if min(by_name.values()) >= 0 and len(set(by_name.values())) == len(by_name):
         return by_name, ["classes matched by name"]
     numbers = {name: int(m[1]) for name in names if (m := NUMBERED.fullmatch(name)) and not WORDNET_ID.fullmatch(name)}
@@ -72,6 +74,15 @@ def match_classes(
             f"follow wnids.txt; {advice}"
         )
     return numbers, [f"classes matched by number, in label order: 0 is {real.class_names[0]!r}"]
+
+
+def names_of_folders(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
+    """Return the class names of class folders by the index that an export left in `root`; without one, their own.
+
+    Folders are only numbered where the classes' names would not do for them, and numbers say nothing of other data.
+    """
+    named = {line["file"].partition("/")[0]: line["class"] for line in read_index(root)}
+    return tuple(named[folder] for folder in folders) if named.keys() >= set(folders) else tuple(folders)
 
 
 def plain_name(name: str) -> str:

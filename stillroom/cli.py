@@ -34,12 +34,12 @@ from stillroom import __version__
 from stillroom.compare import compare
 from stillroom.compute import ComputeConfig, Plan, resolve_plan
 from stillroom.data import FACTS, DataConfig, RealData, hub_id, load_real
-from stillroom.distilled import DistilledSet, load_distilled, verify_distilled
+from stillroom.distilled import DistilledSet, find_set, load_distilled, verify_distilled
 from stillroom.errors import StillroomError, TimeLimitReached, UsageError, suggest
 from stillroom.estimate import estimate_comparison, estimate_recipe
 from stillroom.exchange import ImportConfig, import_set
 from stillroom.export import ExportLayout, export_set
-from stillroom.files import read_json, write_json
+from stillroom.files import read_json, require_free_folder, write_json
 from stillroom.grid import Comparison, Grid, comparison_of
 from stillroom.labels import PoolConfig, attach_labels
 from stillroom.manifest import LabelKind
@@ -142,7 +142,7 @@ class ImportCommand:
     published: tyro.conf.Positional[str]  # folder of class folders or parquet files, .parquet or .npz file, or Hub id
     settings: Annotated[ImportConfig, tyro.conf.arg(name="")] = field(default_factory=ImportConfig)
     data: DataConfig = field(default_factory=DataConfig)  # the real data that the set was made of, at the set's size
-    out: Path = Path("imported")  # directory for the distilled set
+    out: Path = Path("imported")  # a new or empty folder for the distilled set
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,10 @@ def compare_command(words: list[str]) -> int:
         results = compare(command.settings, run, command.recipe)
     show_comparison(results)
     out = command.directory
-    print(f"table: {out / 'table.md'}, .tex, .csv; all numbers: {out / 'comparison.json'}; sets: {out / 'sets'}")
+    print(
+        f"table: {out / 'table.md'}, .tex, .csv; all numbers: {out / 'comparison.json'}; "
+        f"sets, without soft labels: {out / 'sets'}"
+    )
     return FAILED if any("error" in row for row in results["rows"]) else OK
 
 
@@ -296,10 +299,10 @@ def evaluate_command(words: list[str]) -> int:
     if command.print_config:
         print(to_yaml(command, NO_SETTINGS))
         return OK
-    folder = _set_directory(command.distilled).resolve()
+    folder = find_set(command.distilled).resolve()
     if command.out is not None and command.out.resolve() in (folder, folder.parent):
         raise UsageError(f"--out {command.out} holds the set itself; give its students a directory of their own")
-    distilled = load_distilled(_set_directory(command.distilled))
+    distilled = load_distilled(find_set(command.distilled))
     source = command.data.source
     is_found = source in FACTS or Path(source).exists() or hub_id(source) is not None
     if source == distilled.manifest.dataset.name and not is_found:
@@ -323,25 +326,26 @@ def evaluate_command(words: list[str]) -> int:
         if not holds:
             distilled = attach_labels(distilled, kind, teachers, plan, run, pool=asked, train=command.student.train)
         result = evaluate(distilled, real, command.student, command.seeds, plan, run, teachers=teachers)
+        by = [teacher.name for teacher in teachers or distilled.manifest.teachers]
+        protocol = name_protocol(command.student, real.image_size, [kind], by)
         if command.out is not None:
-            protocol = name_protocol(command.student, real.image_size)
             results = {"evaluation": asdict(result), "protocol": protocol, "provenance": provenance(plan)}
             write_json(command.out / "results.json", results)
-    show_evaluation(real, command.student, result)
+    show_evaluation(real, command.student, result, protocol)
     return OK
 
 
 def inspect_command(words: list[str]) -> int:
     """stillroom inspect: the budget and where the picture is."""
     command = parse_words(DirectoryCommand, "inspect", words)
-    show_budget(_set_directory(command.directory))
+    show_budget(find_set(command.directory))
     return OK
 
 
 def verify_command(words: list[str]) -> int:
     """stillroom verify: every file against its checksum."""
     command = parse_words(DirectoryCommand, "verify", words)
-    folder = _set_directory(command.directory)
+    folder = find_set(command.directory)
     problems = verify_distilled(folder)
     for problem in problems:
         print(f"stillroom: {problem}", file=sys.stderr)
@@ -353,6 +357,7 @@ def verify_command(words: list[str]) -> int:
 def import_command(words: list[str]) -> int:
     """stillroom import: other people's sets."""
     command = parse_words(ImportCommand, "import", words)
+    require_free_folder(command.out, "import: --out")
     distilled = import_set(command.published, command.data, command.settings)
     distilled.save(command.out)
     read = distilled.manifest.extra["import"]
@@ -366,7 +371,7 @@ def import_command(words: list[str]) -> int:
 def export_command(words: list[str]) -> int:
     """stillroom export: our sets for others."""
     command = parse_words(ExportCommand, "export", words)
-    distilled = load_distilled(_set_directory(command.directory))
+    distilled = load_distilled(find_set(command.directory))
     notes = export_set(distilled, command.to, command.out)
     print(f"{distilled.view_count:,} views as {command.to} in {command.out}")
     for note in notes:
@@ -443,6 +448,8 @@ def parse_recipe(name: str, words: list[str], kind: type[Command]) -> Command | 
     parse_duration(command.time_limit)
     if command.recipe != recipe:
         raise UsageError(f"name the recipe first: stillroom {name} {command.recipe} ...")
+    if isinstance(command.settings, Comparison):
+        _check_said_once(command.settings, preset)
     if command.print_config:
         print(to_yaml(command.settings))
         return None
@@ -457,17 +464,31 @@ def parse_recipe(name: str, words: list[str], kind: type[Command]) -> Command | 
     return command
 
 
+def _check_said_once(comparison: Comparison, preset: Recipe) -> None:
+    """Raise UsageError where the grid says one thing and the recipe's own settings another."""
+    grid = comparison.grid
+    if grid.methods and comparison.method != preset.method:
+        raise UsageError(f"--method {comparison.method} is not looked at beside --grid.methods; name it there")
+    if grid.ipc and comparison.ipc != preset.ipc:
+        raise UsageError(f"--ipc {comparison.ipc} is not looked at beside --grid.ipc; name it there")
+
+
 def _recipe_under_protocol(recipe: Recipe, name: ProtocolName, data: DataConfig) -> Recipe:
     """Return the recipe with the protocol's students and labels, its own teachers kept: they make the set, too."""
     size = data.image_size or (FACTS[data.source].image_size if data.source in FACTS else None)
     protocol = PROTOCOLS[name]
-    if protocol.teachers and set(protocol.teachers) != set(recipe.teachers.networks):
+    labelled_by = recipe.labelled_by
+    if protocol.teachers and set(protocol.teachers) <= set(recipe.teachers.networks):
+        labelled_by = protocol.teachers
+    elif protocol.teachers:
         print(
-            f"the protocol {name!r} has labels of {', '.join(protocol.teachers)} alone; here all teachers label. "
-            f"For its own: stillroom evaluate DIR --protocol {name}",
+            f"the protocol {name!r} has labels of {', '.join(protocol.teachers)} alone, which is not among the "
+            f"teachers; here all of them label. For its own: stillroom evaluate DIR --protocol {name}",
             file=sys.stderr,
         )
-    return dataclasses.replace(recipe, student=protocol_student(name, size), labels=protocol.labels)
+    return dataclasses.replace(
+        recipe, student=protocol_student(name, size), labels=protocol.labels, labelled_by=labelled_by
+    )
 
 
 def _under_protocol(command: EvaluateCommand, name: ProtocolName) -> EvaluateCommand:
@@ -492,7 +513,7 @@ def _as_its_run(path: Path) -> EvaluateCommand:
     Where files lie is no part of a run's config.json: named datasets are looked for by name, others asked for. A set
     outside its run knows the name of its dataset and the size of its images, and its teachers' names.
     """
-    folder = _set_directory(path)
+    folder = find_set(path)
     distilled, config = load_distilled(folder), folder.resolve().parent / "config.json"
     manifest = distilled.manifest
     facts, networks = manifest.dataset, tuple(teacher.name for teacher in manifest.teachers)
@@ -528,10 +549,12 @@ def _label_with(
     if known and command.teachers == placed and not any(word.startswith("--teachers.networks") for word in words):
         hashes = {teacher.name: teacher.hash for teacher in distilled.manifest.teachers}
         return load_teachers(real, command.teachers, plan, run, hashes)
-    if distilled.manifest.teachers and (absent := untrained_teachers(real, command.teachers, plan)):
+    if absent := untrained_teachers(real, command.teachers, plan):
+        differ = "; where their weights differ from those that the set was made with, so do the labels"
         run.notice(
-            f"not in the cache, and trained before the students: {', '.join(absent)}; where their weights differ from "
-            "those that the set was made with, so do the labels"
+            f"not in the cache, and trained before the students: {', '.join(absent)} ({command.teachers.train.epochs} "
+            f"epochs of {len(real.train):,} images; others by --teachers.networks)"
+            f"{differ if distilled.manifest.teachers else ''}"
         )
     return load_teachers(real, command.teachers, plan, run)
 
@@ -539,11 +562,6 @@ def _label_with(
 def notify(message: str) -> None:
     """Tell the user one thing where there is no run yet."""
     print(f"stillroom: {message}", file=sys.stderr)
-
-
-def _set_directory(path: Path) -> Path:
-    """Return the distilled set's own folder, whether that or its run's directory was given."""
-    return path / "distilled" if (path / "distilled" / "manifest.json").exists() else path
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ is marked in the table and does not lose the others.
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from stillroom.compute import Plan
 from stillroom.data import FACTS, RealData
-from stillroom.distilled import DistilledSet, count_bytes
+from stillroom.distilled import DistilledSet, count_bytes, load_distilled
 from stillroom.errors import StillroomError
 from stillroom.files import write_atomic, write_json
 from stillroom.grid import Comparison, Entry, check_grid, set_name, slug
@@ -41,8 +43,9 @@ from stillroom.pipeline import (
     open_stages,
     provenance,
 )
-from stillroom.recipes import RECIPES
-from stillroom.render import FORMATS, records_of, table_of, to_csv
+from stillroom.protocols import name_protocol
+from stillroom.recipes import EXPECTED, RECIPES, Recipe
+from stillroom.render import FORMATS, caption_of, records_of, table_of, to_csv
 from stillroom.run import Run
 from stillroom.scores import (
     augmentation_robust_score,
@@ -56,10 +59,13 @@ from stillroom.train import apply_normalization
 
 FEATURE_BATCH = 256
 
+# What a cell may fail of without losing the others: bad input, memory, a matrix that no routine decomposes.
+FAILURES = (StillroomError, RuntimeError)
+
 
 @dataclass(frozen=True)
 class Work:
-    """What all cells of a comparison share, and whose turn it is among its students."""
+    """What all cells of a comparison share, and whose turn it is among its sets and students."""
 
     comparison: Comparison
     real: RealData
@@ -68,6 +74,7 @@ class Work:
     run: Run
     references: dict[str, float]  # network -> its accuracy when trained on all real images
     student: StudentConfig
+    recipe: Recipe  # of the set whose turn it is
     done: dict[str, dict[str, Any]] = field(default_factory=dict)  # what was trained, by name of cell and student
 
     @property
@@ -85,7 +92,7 @@ class Work:
                 cutmix_beta=0.0,
             )  # fmt: skip
             student, name = replace(student, train=bare), f"{name}-plain"
-        teachers = labellers(self.comparison, self.teachers)
+        teachers = labellers(self.recipe, self.teachers)
         result = evaluate(
             cell.distilled, self.real, student, self.comparison.seeds, self.plan, self.run, teachers=teachers,
             total_steps=cell.total_steps, cell=name,
@@ -106,35 +113,49 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
         raise StillroomError("a comparison needs a run directory to keep its sets; give one with --out")
     entries: list[Entry] = []
     real, plan = open_stages(
-        comparison, run, lambda real: entries.extend(check_grid(comparison, real)), shared_settings
+        comparison, run, lambda real: entries.extend(check_grid(comparison, real)), shared_settings, tuple(METHODS)
     )
     made_by = provenance(plan)
     needed = any(entry.recipe.needs_teachers for entry in entries)
     teachers = load_teachers(real, comparison.teachers, plan, run) if needed else []
     references = measure_references(comparison, real, plan, run)
-    work = Work(comparison, real, teachers, plan, run, references, comparison.student)
-    rows: list[dict[str, Any]] = []
-    for entry in entries:
-        for row in compare_entry(entry, work):
-            rows.append(row)
-            run.event("row", **row)
-    results = {
+    work = Work(comparison, real, teachers, plan, run, references, comparison.student, comparison)
+    networks = comparison.labelled_by or comparison.teachers.networks
+    results: dict[str, Any] = {
         "recipe": name,
         "dataset": {"name": real.name, "classes": real.classes, "train": len(real.train), "test": len(real.test)},
         "teachers": {t.name: {k: round(100 * v, 2) for k, v in t.accuracy.items()} for t in teachers},
         "seeds": list(comparison.seeds),
         "budget": comparison.grid.budget,
-        "rows": rows,
+        "protocol": name_protocol(comparison.student, real.image_size, comparison.labels, networks),
+        "rows": [],
         "trainings": work.done,
         "provenance": made_by,
         "settings": asdict(comparison),
     }
-    write_json(run.directory / "comparison.json", results)
+    for entry in entries:
+        for row in compare_entry(entry, work):
+            results["rows"].append(row)
+            run.event("row", **row)
+            write_tables(results, run.directory)
+            if not run.show:  # where there are no bars, in a file say
+                print(say_row(row), file=sys.stderr, flush=True)
+    return results
+
+
+def say_row(row: dict[str, Any]) -> str:
+    """Return one line for a cell that is finished."""
+    reached = f"failed: {row['error']}" if "error" in row else f"{row['mean']:.1f} %"
+    return f"{row['method']}, ipc {row['ipc']}, {row['labels']}, {row['student']}: {reached}"
+
+
+def write_tables(results: dict[str, Any], directory: Path) -> None:
+    """Write what there is of a comparison as JSON, Markdown, LaTeX and CSV."""
+    write_json(directory / "comparison.json", results)
     header, texts = table_of(results)
     for suffix, render in FORMATS.items():
-        write_atomic(run.directory / f"table.{suffix}", render(header, texts).encode())
-    write_atomic(run.directory / "table.csv", to_csv(*records_of(results)).encode())
-    return results
+        write_atomic(directory / f"table.{suffix}", render(header, texts, caption_of(results)).encode())
+    write_atomic(directory / "table.csv", to_csv(*records_of(results)).encode())
 
 
 def shared_settings(settings: dict[str, Any], real: RealData) -> dict[str, Any]:
@@ -145,12 +166,20 @@ def shared_settings(settings: dict[str, Any], real: RealData) -> dict[str, Any]:
 
 
 def measure_references(comparison: Comparison, real: RealData, plan: Plan, run: Run) -> dict[str, float]:
-    """Return each student network's accuracy when trained on all real images with hard labels, as teachers are."""
+    """Return each student network's accuracy when trained on all real images with hard labels, as teachers are.
+
+    One that cannot be trained so has none, and its cells no scores.
+    """
     if not comparison.grid.scores:
         return {}
-    names = comparison.grid.students or (comparison.student.network,)
-    config = replace(comparison.teachers, networks=names, checkpoints=(), source="train")
-    return {t.name: t.accuracy["top1"] for t in load_teachers(real, config, plan, run)}
+    found = {}
+    for name in comparison.grid.students or (comparison.student.network,):
+        config = replace(comparison.teachers, networks=(name,), checkpoints=(), source="train")
+        try:
+            found[name] = load_teachers(real, config, plan, run)[0].accuracy["top1"]
+        except FAILURES as error:
+            run.notice(f"no scores of {name}: {say(error)}")
+    return found
 
 
 def compare_entry(entry: Entry, work: Work) -> Iterator[dict[str, Any]]:
@@ -159,52 +188,56 @@ def compare_entry(entry: Entry, work: Work) -> Iterator[dict[str, Any]]:
     try:
         distilled, seconds = make_set(entry, work)
         random = None
-        if work.comparison.controls and entry.recipe.method != "random":
+        if work.comparison.controls and entry.name != "random":
             control = replace(entry.recipe, method="random", ipc=entry.budget_ipc)  # of equal bytes, where those count
             random, _ = make_set(Entry("random", entry.budget_ipc, control), work)
-        duplication = feature_duplication(distilled, work.teachers[0], work.plan) if work.teachers else None
-    except StillroomError as error:
-        yield from (_failed(entry, student, labels, error) for student in students for labels in kinds)
+        duplication = measure_duplication(distilled, work)
+    except FAILURES as error:
+        yield from (_failed(entry, student, labels, error, work) for student in students for labels in kinds)
         return
     for student in students:
-        own, recipe = replace(work, student=student), replace(entry.recipe, student=student)
-        try:
-            cells = build_cells(
-                recipe, distilled, work.real, work.teachers, work.plan, work.run, slug(entry.name), random
-            )
-        except StillroomError as error:
-            yield from (_failed(entry, student, labels, error) for labels in kinds)
-            continue
         for labels in kinds:
+            scored = labels != "hard" and student.network in work.references
+            recipe = replace(entry.recipe, student=student, labels=("hard", labels) if scored else (labels,))
+            own = replace(work, student=student, recipe=recipe)
             try:
+                cells = build_cells(
+                    recipe, distilled, work.real, work.teachers, work.plan, work.run, slug(entry.name), random
+                )
                 row = compare_cell(entry, distilled, labels, cells, own)
-                if work.references and labels != "hard":
+                if scored:
                     row["scores"] = score_cell(labels, cells, own)
-            except StillroomError as error:
-                yield _failed(entry, student, labels, error)
+            except FAILURES as error:
+                yield _failed(entry, student, labels, error, work)
                 continue
             row["seconds"]["distil"] = seconds
             yield row | {"duplication": duplication}
 
 
-def make_set(entry: Entry, work: Work) -> tuple[DistilledSet, float]:
-    """Return an entry's distilled set, made or read back, and the seconds that it took."""
+def make_set(entry: Entry, work: Work) -> tuple[DistilledSet, float | None]:
+    """Return an entry's distilled set without labels, made or read back, and the seconds that it took, if known."""
     assert work.run.directory is not None
+    if entry.folder is not None:
+        distilled = load_distilled(entry.folder)
+        return (distilled if distilled.manifest.label_kind == "hard" else distilled.with_labels(None)), None
+    recipe = replace(entry.recipe, labels=("hard",))  # others are units of the comparison
     with Run(work.run.directory / "sets" / set_name(entry), parent=work.run) as own:
-        own.bind_config(bound_settings(asdict(entry.recipe) | {"labels": ()}, work.real), work.plan.as_dict())
-        return distill_recipe(entry.recipe, own, work.real, work.teachers, work.plan), own.seconds_spent()
+        settings = bound_settings(asdict(recipe) | {"labels": (), "labelled_by": None}, work.real)
+        plan = type(work.plan)(**own.bind_config(settings, work.plan.as_dict()))
+        return distill_recipe(recipe, own, work.real, work.teachers, plan), own.seconds_spent()
 
 
 def compare_cell(entry: Entry, saved: DistilledSet, labels: str, cells: list[Cell], work: Work) -> dict[str, Any]:
     """Return the row of one set, kind of label and student: accuracy, differences to its controls, costs."""
-    own = next(cell for cell in cells if cell.budget == "own" and cell.labels == labels)
+    own = next(cell for cell in cells if not cell.budgets and cell.labels == labels)
     result = work.train(own)
-    differences = {}
-    for control in cells:
-        for budget in control.budget.split(", ") if control.budget != "own" else ():
-            if budget.endswith(f"({labels})"):
-                name = f"{control.set} + {control.labels}, {budget.partition(' (')[0]}"
-                differences[name] = _difference(result, work.train(control))
+    differences = {
+        f"{control.set} + {control.labels}, {budget}": _difference(result, work.train(control))
+        for control in cells
+        for budget, kind in control.budgets
+        if kind == labels
+    }
+    dynamic_bytes = result.label_bytes if labels == "dynamic" else 0
     return {
         "method": entry.name,
         "ipc": entry.budget_ipc,
@@ -214,11 +247,11 @@ def compare_cell(entry: Entry, saved: DistilledSet, labels: str, cells: list[Cel
         "steps": result.steps,
         "top1": [round(100 * v, 3) for v in result.top1],
         "mean": round(100 * result.mean, 3),
-        "std": round(100 * result.std, 3),
+        "std": round(100 * result.std, 3) if len(result.top1) > 1 else None,
         "top5": [round(100 * v, 3) for v in result.top5],
         "differences": differences,
-        "bytes": describe_labelled(own.distilled, saved),
-        "dynamic_label_bytes": result.label_bytes if labels == "dynamic" else 0,
+        "bytes": describe_labelled(own.distilled, saved, dynamic_bytes),
+        "dynamic_label_bytes": dynamic_bytes,
         "seconds": {"train": round(statistics.mean(result.seconds), 1)},
         "paper": paper_number(entry, labels, work.student, work.real),
     }
@@ -229,9 +262,9 @@ def score_cell(labels: str, cells: list[Cell], work: Work) -> dict[str, float]:
 
     Replayed labels belong to augmented batches, so they have no augmentation-robust score.
     """
-    own, hard = (next(c for c in cells if c.budget == "own" and c.labels == kind) for kind in (labels, "hard"))
+    own, hard = (next(c for c in cells if not c.budgets and c.labels == kind) for kind in (labels, "hard"))
     random = next(
-        (c for c in cells if (c.set, c.labels) == ("random", labels) and f"equal steps ({labels})" in c.budget), own
+        (c for c in cells if (c.set, c.labels) == ("random", labels) and ("equal steps", labels) in c.budgets), own
     )  # random images themselves are their own control
     real_hard = work.references[work.student.network]
     recovery = hard_label_recovery(real_hard, work.train(hard).mean)
@@ -241,6 +274,22 @@ def score_cell(labels: str, cells: list[Cell], work: Work) -> dict[str, float]:
         plain = improvement_over_random(work.train(own, plain=True).mean, work.train(random, plain=True).mean)
         scores |= {"ARS": augmentation_robust_score(gain, plain), "IOR_plain": plain}
     return {name: round(value, 5) for name, value in scores.items()}
+
+
+def measure_duplication(distilled: DistilledSet, work: Work) -> float | None:
+    """Return `feature_duplication` by the first teacher, a unit of work; None without one that has such features."""
+    if not work.teachers:
+        return None
+    teacher = work.teachers[0]
+    unit = f"duplication-{distilled.fingerprint[:12]}-{teacher.hash[:12]}"
+    if not work.run.unit_done(unit):
+        try:
+            value = feature_duplication(distilled, teacher, work.plan)
+        except StillroomError as error:
+            work.run.notice(f"feature duplication is not measured: {error}")
+            return None
+        work.run.finish_unit(unit, {"duplication": value})
+    return work.run.load_unit(unit)[0]["duplication"]  # type: ignore[no-any-return]
 
 
 def feature_duplication(distilled: DistilledSet, teacher: Teacher, plan: Plan) -> float:
@@ -270,39 +319,61 @@ def mean_similarity(features: Tensor) -> float:
     return (float(features.double().sum(0).square().sum()) - count) / (count * (count - 1))
 
 
-def describe_labelled(distilled: DistilledSet, saved: DistilledSet) -> dict[str, Any]:
-    """Return bytes and ratios of `distilled`: `saved` with other labels. What is on disk is not encoded again."""
-    if distilled.soft_labels is None:
-        files = {role: facts for role, facts in saved.manifest.files.items() if role != "labels"}
+def describe_labelled(distilled: DistilledSet, saved: DistilledSet, dynamic_bytes: int) -> dict[str, Any]:
+    """Return bytes and ratios of `distilled`: `saved` with other labels. What is on disk is not encoded again.
+
+    dynamic_bytes: of labels that are made as they are needed. The paper's ratio counts them, those by bytes do not.
+    """
+    files = {role: facts for role, facts in saved.manifest.files.items() if role != "labels"}
+    if distilled.soft_labels is None and distilled.pool is None:
         distilled = replace(distilled, manifest=replace(distilled.manifest, files=files))
-    return describe_budget(count_bytes(distilled))
+    budget = count_bytes(distilled)
+    paper_ratio = budget.paper_ratio + dynamic_bytes / budget.real_stored_bytes
+    return describe_budget(replace(budget, paper_ratio=paper_ratio))
 
 
 def paper_number(entry: Entry, labels: str, student: StudentConfig, real: RealData) -> list[float] | None:
-    """Return the paper's [mean, std] for the cell, where everything but the cell's own choices is the paper's."""
+    """Return the published [mean, std] for the cell, where everything but the cell's own choices is the publication's.
+
+    Of INFER's paper where the protocol is its own; else of the recipe that the cell is, whose deviation is not kept.
+    Confessed: INFER's tables take the other methods' numbers from their papers, whose protocols are not INFER's, and do
+    not say how its random images were trained.
+    """
+    method, recipe = entry.recipe.method, replace(entry.recipe, student=student)
+    if entry.name != method or entry.folder is not None:
+        return None
     for dataset in FACTS:
-        name = f"infer-{dataset}-ipc{entry.budget_ipc}"
-        # The protocols of the other methods' rows are not known to be those of our recipes.
-        if name in RECIPES and entry.name in ("infer", "random"):
-            network = RECIPES[name].student.network
-            protocol = replace(entry.recipe, method="infer", student=replace(student, network=network))
-            number = PAPER.get((dataset, entry.budget_ipc, entry.recipe.method, labels, student.network))
-            if number and is_preset(name, protocol, real):
+        infer, own = (f"{kind}-{dataset}-ipc{entry.budget_ipc}" for kind in ("infer", method))
+        known = own in RECIPES and getattr(RECIPES[own], method, None) == getattr(recipe, method, None)
+        if infer in RECIPES and (known or method == "random"):
+            network = RECIPES[infer].student.network
+            protocol = replace(recipe, method="infer", student=replace(student, network=network))
+            number = PAPER.get((dataset, entry.budget_ipc, method, labels, student.network))
+            if number and is_preset(infer, protocol, real):
                 return list(number)
+        if known and is_preset(own, recipe, real) and labels in EXPECTED.get(own, {}):
+            return [EXPECTED[own][labels], None]  # type: ignore[list-item]
     return None
 
 
-def _difference(of: Evaluation, control: Evaluation) -> list[float]:
+def _difference(of: Evaluation, control: Evaluation) -> list[float | None]:
     paired = [100 * (a - b) for a, b in zip(of.top1, control.top1, strict=True)]
-    return [round(statistics.mean(paired), 3), round(statistics.stdev(paired), 3) if len(paired) > 1 else 0.0]
+    return [round(statistics.mean(paired), 3), round(statistics.stdev(paired), 3) if len(paired) > 1 else None]
 
 
-def _failed(entry: Entry, student: StudentConfig, labels: str, error: StillroomError) -> dict[str, Any]:
+def say(error: BaseException) -> str:
+    """Return an error in one line: those of libraries may have many."""
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
+def _failed(entry: Entry, student: StudentConfig, labels: str, error: BaseException, work: Work) -> dict[str, Any]:
+    if work.plan.device.startswith("cuda"):
+        torch.cuda.empty_cache()  # of what ran out of memory, so that the next cell has some
     return {
         "method": entry.name,
         "ipc": entry.budget_ipc,
         "matched_ipc": entry.recipe.ipc,
         "labels": labels,
         "student": student.network,
-        "error": str(error),
+        "error": say(error),
     }

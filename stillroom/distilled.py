@@ -417,6 +417,11 @@ class ViewDataset(Dataset[tuple[Tensor, Tensor]]):
         return torch.nn.functional.one_hot(labels, len(self.distilled.manifest.class_names)).float()
 
 
+def find_set(path: Path) -> Path:
+    """Return a distilled set's own folder, whether that or its run's directory is given."""
+    return path / "distilled" if (path / "distilled" / "manifest.json").exists() else path
+
+
 def load_distilled(path: Path | str, ignore_card: bool = False) -> DistilledSet:
     """Read the folder `path` that a save has written; every file's SHA-256 is checked and nothing is unpickled.
 

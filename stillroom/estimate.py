@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from stillroom.compute import Plan, resolve_plan
 from stillroom.data import RealData, load_real
+from stillroom.distilled import load_distilled
 from stillroom.grid import Comparison, Entry, check_grid, set_name
-from stillroom.labels import LABEL_BYTES, dynamic_label_bytes
-from stillroom.logits import count_logit_bytes
+from stillroom.labels import count_label_bytes, dynamic_label_bytes
 from stillroom.methods import METHODS, gvbsm
 from stillroom.methods.infer import makers_of, slot_count
 from stillroom.methods.pixels import class_blocks, pack_blocks, slot_blocks
@@ -78,8 +78,11 @@ def estimate_comparison(comparison: Comparison) -> tuple[list[Stage], list[str]]
     needed = any(entry.recipe.needs_teachers for entry in entries)
     stages = _teacher_stages(comparison, real, plan, notes) if needed else []
     known: set[Training] = set()
+    made: set[str] = set()
     for entry in entries:
-        own = _distill_stages(entry.recipe, real, plan)
+        there = entry.folder is not None or set_name(entry) in made
+        made.add(set_name(entry))
+        own = [] if there else _distill_stages(entry.recipe, real, plan)
         for network in comparison.grid.students or (comparison.student.network,):
             recipe = replace(entry.recipe, student=replace(comparison.student, network=network))
             found = _student_stages(recipe, real, plan, known, entry)
@@ -132,19 +135,24 @@ def _distill_stages(recipe: Recipe, real: RealData, plan: Plan) -> list[Stage]:
     elif recipe.method != "random":
         stages = [Stage(recipe.method, "not timed, not counted", 0.0, 0, 0)]
     stages.append(Stage("images", f"{content.images:,} images", 0.0, 0, content.images * pixels))
+    train = recipe.student.train
     if "static" in recipe.labels:
-        kept = content.views * real.classes * LABEL_BYTES
+        kept = count_label_bytes("static", content.views, real.classes, recipe.pool, train.batch_size)
         stages.append(Stage("static labels", f"{content.views:,} views", 0.0, 0, kept))
     if "replayed" in recipe.labels:
-        batch = min(recipe.student.train.batch_size, content.views)
+        batch = min(train.batch_size, content.views)
         steps = recipe.pool.epochs * (content.views // batch)
-        kept = count_logit_bytes(steps * batch, real.classes, recipe.pool.encoding)
+        kept = count_label_bytes("replayed", content.views, real.classes, recipe.pool, train.batch_size)
         seconds = steps * _time_labels(recipe, batch, real, plan)
         stages.append(Stage("replayed labels", f"{steps:,} batches of {batch}", seconds, 0, kept))
     return stages
 
 
-def _content(recipe: Recipe, real: RealData) -> Content:
+def _content(recipe: Recipe, real: RealData, entry: Entry | None = None) -> Content:
+    if entry is not None and entry.folder is not None:
+        distilled = load_distilled(entry.folder)
+        compensators = 0 if distilled.compensators is None else distilled.compensators.codes[:, :, 0, 0, 0].numel()
+        return Content(len(distilled.images), compensators, 16, distilled.view_count)
     return METHODS[recipe.method].content(real, len(recipe.teachers.networks), recipe.ipc, recipe.method_config)
 
 
@@ -243,7 +251,7 @@ def _student_stages(
     recipe: Recipe, real: RealData, plan: Plan, known: set[Training], entry: Entry | None = None
 ) -> list[Stage]:
     """The stages of students that are not among `known`, which they join; `entry`: of a grid, whose sets these are."""
-    content, network = _content(recipe, real), recipe.student.network
+    content, network = _content(recipe, real, entry), recipe.student.network
     random = (recipe.ipc if entry is None else entry.budget_ipc) * real.classes
     method = recipe.method if entry is None else entry.name
     batch = min(recipe.student.train.batch_size, content.views)

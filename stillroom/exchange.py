@@ -18,52 +18,29 @@ from __future__ import annotations
 import functools
 import io
 import math
-import os
 import re
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, JpegImagePlugin
 from torch import Tensor
 
-from stillroom.classnames import NUMBERED, match_classes
-from stillroom.data import DataConfig, RealData, describe_real, fetch_from_hub, fit_size, hub_id, load_real
+from stillroom.classnames import NUMBERED, match_classes, names_of_folders
+from stillroom.data import DataConfig, RealData, describe_real, fit_size, load_real
 from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError, check_choices
 from stillroom.images import FORMATS, first_size, load_images
 from stillroom.infer_files import EXPLAINED, NUMBERED_FILE, PUBLISHED_TEACHERS, find_blocks, recover_compensators
-from stillroom.manifest import MANIFEST_NAME, ImageEncoding, Manifest, Normalization
-from stillroom.readers import (
-    LEFT_BEHIND,
-    ArrayImages,
-    FileImages,
-    ParquetImages,
-    Source,
-    Split,
-    Stored,
-    find_parquet,
-    npz_headers,
-    read_npz,
-    read_parquet,
-)
-from stillroom.softlabels import SoftLabelKind, read_soft_label_array, read_soft_label_column, read_soft_labels
+from stillroom.layouts import SHOWN, Layout, find_layout, locate, open_published, refuse_settings_of_others
+from stillroom.manifest import ImageEncoding, Manifest, Normalization
+from stillroom.readers import ArrayImages, FileImages, Source, Split, Stored
+from stillroom.softlabels import SoftLabelKind, read_logits
 
 LARGEST_IMAGE_FILE = 2**26  # bytes, far above any image of 224 pixels
-
-Layout = Literal["auto", "folder", "hub", "infer", "npz"]
-
-# Settings that only some layouts have, and what these are made of.
-ONLY_OF = {
-    "image_column": (("hub",), "parquet"),
-    "label_column": (("hub",), "parquet"),
-    "soft_label_column": (("hub",), "parquet"),
-    "soft_labels": (("auto", "folder", "infer"), "class folders"),
-}
-SHOWN = {"auto": "folder", "infer": "folder"}  # whose images are those of a folder, until compensators are found
 
 
 @dataclass(frozen=True)
@@ -75,7 +52,8 @@ class ImportConfig:
     views explain them, else folder."""
     class_order: str | None = None
     """Text file with a line per class of the real data, in label order: the class's folder (or name) in the published
-    set. None: folders are matched to classes by name, or else all by number."""
+    set. None: folders are matched to classes by name (by that of an export's index.csv, if any), or else all by
+    number."""
     teachers: tuple[str, ...] = PUBLISHED_TEACHERS
     """Names of the teachers whose views follow INFER's naturals, in order."""
     soft_labels: str | None = None
@@ -121,9 +99,12 @@ def import_set(source: Path | str, real: RealData | DataConfig, config: ImportCo
     be matched beyond doubt, labels that cannot be read safely, and settings of another layout.
     """
     config = config or ImportConfig()
-    root, layout, notes = _locate(str(source), config)
+    layout = find_layout(str(source), config.layout)
+    refuse_settings_of_others(layout, str(source), asdict(config))
+    notes: list[str] = []
+    root = locate(str(source), notes)
     try:
-        published = _open(root, layout, config, notes)
+        published = open_published(root, layout, config.image_column, config.label_column, notes)
         if not len(published.train.labels):
             raise StillroomError(f"import: {root} holds no images; fetch the set again")
         if isinstance(real, DataConfig):
@@ -183,127 +164,6 @@ def _load_fitting(data: DataConfig, published: Split, root: Path, notes: list[st
         raise StillroomError(str(error).replace(", or another --data.image-size", "")) from error
 
 
-# -- opening files, whose images are not decoded yet -----------------------------------------------------------------
-
-
-def _locate(source: str, config: ImportConfig) -> tuple[Path, Layout, list[str]]:
-    """Return where the set lies, fetched from the Hub if it is there, its layout, and notes.
-
-    The layout "auto" is left where class folders may be INFER's or not.
-    """
-    root, repo = Path(source), None
-    if not root.exists():
-        repo = hub_id(source)
-        if repo is None:
-            raise StillroomError(
-                f"import: {root} does not exist; give the folder, the parquet or npz file, or the Hub id (owner/name) "
-                "of the published set"
-            )
-    layout = _layout_of(root, repo is not None) if config.layout == "auto" else config.layout
-    if repo is not None and layout != "hub":
-        raise StillroomError(f"import: --layout {layout} reads what lies here; download {source} and give its folder")
-    for name, (layouts, kind) in ONLY_OF.items():
-        if getattr(config, name) is not None and layout not in layouts:
-            raise StillroomError(
-                f"import: --{name.replace('_', '-')} {getattr(config, name)} is for {kind}, but {source} is read as "
-                f"{SHOWN.get(layout, layout)}; leave it out"
-            )
-    if repo is not None:
-        root = fetch_from_hub(repo, f"import: {source}", ("*.parquet", MANIFEST_NAME))
-    if (root / MANIFEST_NAME).is_file():
-        whole = "" if repo is None else ", downloaded whole"
-        raise StillroomError(
-            f"import: {source} is a distilled set of this artifact already; load_distilled reads it{whole}"
-        )
-    if repo is not None and not find_parquet(root):
-        raise StillroomError(f"import: {source} has no parquet files on the Hub; download it and give its folder")
-    return root, layout, [] if repo is None else [f"from the Hub, as it is at {root.name}"]
-
-
-def _layout_of(root: Path, on_hub: bool) -> Layout:
-    if on_hub or root.suffix == ".parquet" or (root.is_dir() and find_parquet(root)):
-        return "hub"
-    if root.is_dir():
-        return "auto"
-    if root.suffix != ".npz":
-        raise StillroomError(f"import: {root} is neither .npz nor .parquet, nor a folder; unpack it, or say --layout")
-    return "npz"
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What lies in `folder`, sorted by name, without hidden names. Raises StillroomError for links."""
-    with os.scandir(folder) as entries:
-        shown = sorted(
-            (e for e in entries if not e.name.startswith(".") and e.name.lower() not in LEFT_BEHIND),
-            key=lambda e: e.name,
-        )
-    for entry in shown:
-        if entry.is_symlink():
-            raise StillroomError(
-                f"import: {entry.path} is a symbolic link, which could lead anywhere; put a copy there"
-            )
-    return shown
-
-
-def _open(root: Path, layout: Layout, config: ImportConfig, notes: list[str]) -> Source:
-    """Return the published images, labels and class names as files of `layout` have them."""
-    if layout == "hub":
-        return _open_parquet(root, config)
-    if layout == "npz":
-        return _open_npz(root, notes)
-    return _open_folders(root, layout)
-
-
-def _open_folders(root: Path, layout: Layout) -> Source:
-    """A folder per class, whose name is the class's."""
-    if not root.is_dir():
-        raise StillroomError(f"import: {root} is a file; --layout {layout} reads a folder of class folders")
-    entries = _entries(root)
-    folders = [entry.name for entry in entries if entry.is_dir()]
-    if not folders:
-        arrays = next((f"; give {entry.path}" for entry in entries if entry.name.endswith(".npz")), None)
-        hint = arrays or "; give the folder that has them"
-        raise StillroomError(f"import: {root} has no class folders and no parquet files{hint}")
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, folder in enumerate(folders):
-        files = _entries(root / folder)
-        odd = next((entry.name for entry in files if not entry.is_file()), None)
-        if odd is not None:
-            hint = f"; give {root / folder}" if folder in ("train", "test", "val") else "; remove it"
-            raise StillroomError(f"import: {root / folder} holds {odd!r}, which is no image file{hint}")
-        paths += [f"{folder}/{entry.name}" for entry in files]
-        labels += [label] * len(files)
-    return Source(Split(FileImages(root, tuple(paths)), np.array(labels, np.int64)), None, tuple(folders))
-
-
-def _open_parquet(root: Path, config: ImportConfig) -> Source:
-    """Parquet files: those named for training, or the only one."""
-    files = find_parquet(root) if root.is_dir() else [root]
-    if not files:
-        raise StillroomError(f"import: {root} has no parquet files; --layout folder reads class folders")
-    try:
-        path = files[0] if len(files) == 1 else root
-        return read_parquet(path, config.image_column, config.label_column, with_test=False)
-    except StillroomError as error:  # of the reader of real data, which has other flags
-        message = str(error).replace(" as --data.source", "").replace("--data.", "--")
-        raise StillroomError(f"import: {message}") from error
-
-
-def _open_npz(root: Path, notes: list[str]) -> Source:
-    """One npz file, by the names that real data have there: what it holds for training."""
-    if root.is_dir():
-        raise StillroomError(f"import: {root} is a folder; --layout npz reads a file")
-    try:
-        source = read_npz(root, math.inf, with_test=False, floats_too=True)
-        kind = npz_headers(root)["train_images"][1]
-    except StillroomError as error:
-        raise StillroomError(f"import: {error}") from error
-    if kind.kind == "f":
-        notes.append(f"pixels of {kind} rounded to 8 bits")
-    return source
-
-
 # -- their classes and ours ------------------------------------------------------------------------------------------
 
 
@@ -312,6 +172,8 @@ def _match(published: Source, root: Path, real: RealData, config: ImportConfig, 
     stored, theirs, names = published.train.images, published.train.labels, published.class_names
     if names is None:
         names = tuple(f"{number}" if config.class_order else f"class {number}" for number in range(real.classes))
+    elif config.class_order is None and isinstance(stored, FileImages):
+        names = names_of_folders(root, names)
     label_of, how = match_classes(names, real, config.class_order)
     ours = np.array([label_of[name] for name in names], np.int64)
     wrong = theirs[(theirs < 0) | (theirs >= len(ours))]
@@ -328,8 +190,9 @@ def _match(published: Source, root: Path, real: RealData, config: ImportConfig, 
         slots[rows] = np.arange(len(rows))
     notes = [*notes, *how]
     if isinstance(stored, FileImages):
-        _refuse_other_numbers(stored, label_of)
-    logits = _read_logits(stored, root, ours, len(labels), config, notes)
+        _refuse_other_numbers(stored, labels)
+    given, column, kind = config.soft_labels, config.soft_label_column, config.soft_label_kind
+    logits = read_logits(stored, root, labels, ours, given, column, kind, notes)
     return Found(stored, labels, slots, logits, notes + _remarks(labels, logits, real))
 
 
@@ -343,8 +206,9 @@ def _require_every_class(labels: np.ndarray, real: RealData, root: Path) -> None
         )
 
 
-def _refuse_other_numbers(files: FileImages, label_of: dict[str, int]) -> None:
-    """Raise StillroomError where folders are numbered, and a file says the number of another class."""
+def _refuse_other_numbers(files: FileImages, labels: np.ndarray) -> None:
+    """Raise StillroomError where folders are numbered by `labels`, and a file says the number of another class."""
+    label_of = {path.partition("/")[0]: label for path, label in zip(files.paths, labels.tolist(), strict=True)}
     if not all((m := NUMBERED.fullmatch(folder)) and int(m[1]) == label for folder, label in label_of.items()):
         return
     for row, path in enumerate(files.paths):
@@ -355,24 +219,6 @@ def _refuse_other_numbers(files: FileImages, label_of: dict[str, int]) -> None:
                 f"import: {files.name(row)} says class {int(own[1])} in a folder of class {label_of[folder]}; one of "
                 "them is wrong"
             )
-
-
-def _read_logits(
-    stored: Stored, root: Path, ours: np.ndarray, count: int, config: ImportConfig, notes: list[str]
-) -> np.ndarray | None:
-    """Return the logits of `count` images, float32 [count, classes], or None; `ours` has our label of each class."""
-    if isinstance(stored, FileImages):  # whose rows are told to be in our order
-        return read_soft_labels(root, list(stored.paths), len(ours), config.soft_labels, config.soft_label_kind, notes)
-    if isinstance(stored, ParquetImages):
-        files = list(dict.fromkeys(file for file, _ in stored.groups))
-        logits = read_soft_label_column(files, len(ours), config.soft_label_column, config.soft_label_kind, notes)
-    else:
-        logits = read_soft_label_array(root, count, len(ours), config.soft_label_kind, notes)
-    if logits is None:
-        return None
-    moved = np.empty_like(logits)
-    moved[:, ours] = logits  # their columns stand in the order of their classes
-    return moved
 
 
 def _remarks(labels: np.ndarray, logits: np.ndarray | None, real: RealData) -> list[str]:

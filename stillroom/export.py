@@ -28,11 +28,13 @@ import torch
 from torch import Tensor
 
 from stillroom.artifact import encode_picture
+from stillroom.data import FACTS
 from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError, suggest
-from stillroom.files import sync_folder
+from stillroom.files import require_free_folder, sync_folder
 from stillroom.infer_files import write_infer
-from stillroom.softlabels import INDEX_FILE, SOFT_LABEL_FILE
+from stillroom.manifest import Manifest
+from stillroom.softlabels import INDEX_COLUMNS, INDEX_FILE, SOFT_LABEL_FILE
 
 ExportLayout = Literal["infer", "folder", "npz", "ddranking"]
 
@@ -84,8 +86,8 @@ def _require_free(out: Path, to: ExportLayout) -> None:
             raise StillroomError(f"export: {out} does not end in .npz, by which such a file is known; give {out}.npz")
         if out.exists():
             raise StillroomError(f"export: {out} is there already; give a new file, or move that one away")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StillroomError(f"export: {out} holds something already; give a new or empty folder")
+    else:
+        require_free_folder(out, "export:")
 
 
 def write_folder(distilled: DistilledSet, folder: Path) -> list[str]:
@@ -97,7 +99,7 @@ def write_folder(distilled: DistilledSet, folder: Path) -> list[str]:
     counts = [0] * len(names)
     with (folder / INDEX_FILE).open("w", encoding="utf-8", newline="") as file:
         index = csv.writer(file, lineterminator="\n")
-        index.writerow(["file", "label", "class", "image", "compensator"])  # compensator: -1 for an image as it is
+        index.writerow(INDEX_COLUMNS)
         for row, view in _each_view(distilled, order):
             image, compensator = table[row].tolist()
             label = int(distilled.labels[image])
@@ -127,17 +129,21 @@ def write_npz(distilled: DistilledSet, folder: Path) -> list[str]:
     if distilled.soft_labels is not None:
         arrays["soft_labels"] = distilled.soft_labels[order].numpy()
     np.savez(folder / NPZ_FILE, **arrays)  # type: ignore[arg-type]  # its stub takes the names for its own
-    return [", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in arrays.items())]
+    notes = [", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in arrays.items())]
+    if not _is_8_bit(distilled) and not (views.min() >= 0 and views.max() <= 1):
+        notes.append("views leave [0, 1], since the set does not cut them: `import` takes them cut, or as --to folder")
+    return notes
 
 
 def write_ddranking(distilled: DistilledSet, folder: Path) -> list[str]:
     """Write what DD-Ranking's `compute_metrics` takes: `image_tensor`, `soft_labels` and `hard_labels`.
 
-    images.pt float32 [views, 3, height, width], normalised by the constants of its own test images; labels.pt float32
-    logits [views, classes], since its losses apply softmax to them; hard_labels.pt int64 [views]. Views stand class by
-    class, equally many each, because its soft-label evaluator counts labels off by `ipc`. That number is the views per
-    class, so its random rival gets as many images: more than INFER's budget pays for. Read in its repository's source;
-    not run. It cannot express compensators (views are written out), labels for augmented views, or a second label.
+    images.pt float32 [views, 3, height, width], normalised by the constants of its own test images where these are
+    known; labels.pt float32 logits [views, classes], since its losses apply softmax to them; hard_labels.pt int64
+    [views]. Views stand class by class, equally many each, because its soft-label evaluator counts labels off by `ipc`.
+    That number is the views per class, so its random rival gets as many images: more than INFER's budget pays for. Read
+    in its repository's source; not run. It cannot express compensators (views are written out), labels for augmented
+    views, or a second label.
     """
     manifest, order = distilled.manifest, _class_order(distilled)
     labels = distilled.labels[distilled.view_table()[order, 0]]
@@ -146,17 +152,26 @@ def write_ddranking(distilled: DistilledSet, folder: Path) -> list[str]:
         raise StillroomError(
             f"--to ddranking: classes have {counts.min()} to {counts.max()} views, but need equally many"
         )
-    constants = manifest.normalization
-    mean, std = DDRANKING_CONSTANTS.get(manifest.dataset.name, (constants.mean, constants.std))
+    constants, known = manifest.normalization, _evaluators_dataset(manifest)
+    mean, std = DDRANKING_CONSTANTS[known] if known is not None else (constants.mean, constants.std)
     views = torch.stack([view for _, view in _each_view(distilled, order)])
     views = (views - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     torch.save(views, folder / "images.pt")
     torch.save(labels, folder / "hard_labels.pt")
-    notes = [f"give the evaluator ipc={int(counts[0])}, the views per class; images are normalised by {mean}, {std}"]
+    whose = f"which its evaluator has for {known}"
+    if known is None:
+        whose = (
+            f"the set's own: what the evaluator has for {manifest.dataset.name!r} is not known here, so compare, and "
+            "normalise anew where it differs, or every accuracy will be wrong"
+        )
+    notes = [
+        f"give the evaluator ipc={int(counts[0])}, the views per class",
+        f"images are normalised by {mean}, {std}, {whose}",
+    ]
     if distilled.soft_labels is not None:
         torch.save(distilled.soft_labels[order].float(), folder / "labels.pt")
         notes.append("labels.pt are logits, for soft_label_mode 'S'")
-    if manifest.dataset.name.startswith("tiny-imagenet"):
+    if known == "tiny-imagenet":
         notes.append("its classes are sorted WordNet ids: check that this set's are, or every accuracy will be wrong")
     return notes
 
@@ -167,6 +182,28 @@ WRITERS: dict[str, Callable[[DistilledSet, Path], list[str]]] = {
     "npz": write_npz,
     "ddranking": write_ddranking,
 }
+
+
+def _evaluators_dataset(manifest: Manifest) -> str | None:
+    """Return the key of DDRANKING_CONSTANTS that stands for the set's real data, None where none is known to.
+
+    Of as many classes, and with the dataset's name, or its original folder's, where the source's name begins (that of a
+    folder or file, or the last part of a Hub id); or else with the same class names and size.
+    """
+    name = _letters(manifest.dataset.name.rpartition("/")[2])
+    for known in DDRANKING_CONSTANTS:
+        facts = FACTS[known]
+        side = (facts.image_size, facts.image_size)
+        is_named = name.startswith((_letters(known), _letters(facts.folder or known)))
+        is_like = manifest.image_size == side and set(manifest.class_names) == set(facts.class_names or ())
+        if len(manifest.class_names) == facts.classes and (is_named or is_like):
+            return known
+    return None
+
+
+def _letters(name: str) -> str:
+    """Letters and digits alone, without case."""
+    return re.sub(r"[\W_]+", "", name).casefold()
 
 
 def _each_view(distilled: DistilledSet, rows: Tensor) -> Iterator[tuple[int, Tensor]]:

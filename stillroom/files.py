@@ -53,6 +53,12 @@ def remove_if_there(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def require_free_folder(folder: Path, what: str) -> None:
+    """Raise StillroomError, which begins with `what`, unless `folder` is empty or not there yet."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StillroomError(f"{what} {folder} holds something already; give a new or empty folder")
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in `folder` outlast a power cut, where the file system is able to."""
     with contextlib.suppress(OSError):  # Windows and some network file systems cannot sync a folder

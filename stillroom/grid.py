@@ -9,29 +9,36 @@ Nothing here trains or writes: what a grid asks for is known, and refused, befor
 from __future__ import annotations
 
 import hashlib
-import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from stillroom.data import RealData
+from stillroom.distilled import find_set, load_distilled
 from stillroom.errors import StillroomError, check_choices, suggest
-from stillroom.labels import LABEL_BYTES
-from stillroom.logits import count_logit_bytes
+from stillroom.labels import count_label_bytes
 from stillroom.manifest import LabelKind
 from stillroom.methods import METHODS
 from stillroom.networks import build_network
 from stillroom.pipeline import check_recipe
 from stillroom.recipes import Recipe
 from stillroom.settings import read_plain
+from stillroom.students import check_matches
+
+FOLDER = "set:"  # begins the name of a set that is there already
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is compared with what. LabelKind, seeds and everything else are the recipe's."""
+    """What is compared with what. Labels, seeds and everything else are the recipe's.
 
-    methods: tuple[str, ...] = ("random", "infer")  # METHOD, or METHOD:setting=value,... for one with other settings
+    A method is METHOD, METHOD:setting=value,... for one with other settings (labelled_by=[...] among them), or
+    set:FOLDER for a distilled set that is there already, such as an imported one.
+    """
+
+    methods: tuple[str, ...] = ()  # METHOD, METHOD:setting=value,..., set:FOLDER; none: random and the recipe's own
     ipc: tuple[int, ...] = ()  # budgets in images per class; none: the recipe's
     students: tuple[str, ...] = ()  # networks; none: the recipe's
     budget: Literal["ipc", "bytes"] = "ipc"  # bytes: every method gets the bytes of so many real images and labels
@@ -43,8 +50,6 @@ class Grid:
             values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise StillroomError(f"grid.{name} {' '.join(map(str, values))} has repeats; give each once")
-        if not self.methods:
-            raise StillroomError("grid.methods is empty; give at least one, such as random infer")
         if self.scores and self.budget == "bytes":
             raise StillroomError(
                 "grid.scores compares hard with soft labels of one set; give --grid.budget ipc with it"
@@ -63,6 +68,13 @@ class Comparison(Recipe):
         super().__post_init__()
         if self.grid.scores and not self.controls:
             raise StillroomError("grid.scores are made of the random control; leave --no-controls out")
+        if self.grid.scores and set(self.labels) == {"hard"}:
+            raise StillroomError("grid.scores are of soft labels; give another kind too, such as --labels hard static")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods of the grid, or random images and the recipe's own method."""
+        return self.grid.methods or tuple(dict.fromkeys(("random", self.method)))
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,7 @@ class Entry:
     name: str  # of the method in the table
     budget_ipc: int  # the row's budget; the recipe's ipc differs from it where budgets are matched by bytes
     recipe: Recipe  # of this set and its labels
+    folder: Path | None = None  # of a set that is there already
 
 
 def comparison_of(recipe: Recipe, grid: Grid) -> Comparison:
@@ -82,7 +95,8 @@ def comparison_of(recipe: Recipe, grid: Grid) -> Comparison:
 def read_method(text: str, recipe: Recipe) -> Recipe:
     """Return `recipe` by another method: "METHOD", or "METHOD:setting=value,setting=[a,b]".
 
-    Raises StillroomError for an unknown method or setting and for a value of another type.
+    The setting labelled_by, whatever the method, names the teachers that label. Raises StillroomError for an unknown
+    method or setting and for a value of another type.
     """
     method, _, rest = text.partition(":")
     if method not in METHODS:
@@ -97,6 +111,9 @@ def read_method(text: str, recipe: Recipe) -> Recipe:
             raise StillroomError(f"grid.methods: {text!r} has {part!r} where a setting=value should be")
         listed = value.startswith("[") and value.endswith("]")
         given[name.strip()] = [v.strip() for v in value[1:-1].split(",")] if listed else value.strip()
+    if "labelled_by" in given:
+        named = given.pop("labelled_by")
+        chosen = replace(chosen, labelled_by=tuple(named) if isinstance(named, list) else (named,))
     if not given:
         return chosen
     if not hasattr(recipe, method):
@@ -122,12 +139,20 @@ def plan_entries(comparison: Comparison, real: RealData) -> tuple[list[Entry], l
     if grid.scores and "hard" not in base.labels:
         base = replace(base, labels=("hard", *base.labels))
     for ipc in grid.ipc or (base.ipc,):
-        for text in grid.methods:
+        for text in comparison.methods:
+            if text.startswith(FOLDER):
+                continue
             try:
                 entries += plan_method(text, replace(base, ipc=ipc), grid, real, entries)
             except StillroomError as error:
                 said = str(error).replace("--ipc", "--grid.ipc") if grid.ipc else str(error)
                 refused.append(f"{text}, ipc {ipc}: {said}")
+    for text in comparison.methods:
+        if text.startswith(FOLDER):
+            try:
+                entries.append(plan_folder(text, base, real))
+            except StillroomError as error:
+                refused.append(f"{text}: {error}")
     for network in grid.students:
         try:
             build_network(network, real.classes, real.image_size)
@@ -149,12 +174,27 @@ def plan_method(text: str, base: Recipe, grid: Grid, real: RealData, known: Sequ
     entries = []
     for count, kinds in matched.items():
         own = replace(recipe, ipc=count, labels=tuple(kinds))
-        check_recipe(own, real)
+        check_recipe(own, real, control_ipc=base.ipc)
         same = next((e for e in known if e.name != text and e.recipe == own and e.budget_ipc == base.ipc), None)
         if same is not None:
             raise StillroomError(f"it is the same as {same.name!r}; leave one of them out")
         entries.append(Entry(text, base.ipc, own))
     return entries
+
+
+def plan_folder(text: str, base: Recipe, real: RealData) -> Entry:
+    """Return the entry of a distilled set in a folder: its own budget, and the recipe's labels and students.
+
+    Raises StillroomError where the folder holds none, or one of other data.
+    """
+    folder = find_set(Path(text.removeprefix(FOLDER)))
+    distilled = load_distilled(folder)
+    check_matches(distilled, real)
+    ipc = distilled.manifest.ipc
+    # Its method may be nobody's here; the recipe says who labels it and what its controls are.
+    recipe = replace(base, method=base.method if base.method != "random" else "infer", ipc=ipc)
+    check_recipe(replace(recipe, method="random"), real)
+    return Entry(text, ipc, recipe, folder)
 
 
 def match_bytes(recipe: Recipe, real: RealData, labels: LabelKind) -> int:
@@ -164,17 +204,15 @@ def match_bytes(recipe: Recipe, real: RealData, labels: LabelKind) -> int:
     Raises StillroomError where not even the smallest set of the method stays within them.
     """
     budget = raw_bytes(replace(recipe, method="random"), real, labels)
+    # A natural takes up to 1 + teachers of the ipc that its bytes pay for: where classes are few, compensators many.
+    most = (1 + len(recipe.teachers.networks)) * (1 + budget // (3 * real.image_size**2 * real.classes))
     fitting = None
-    for ipc in itertools.count(1):  # a set grows with its ipc, so this ends
+    for ipc in range(1, most + 1):
         try:
-            size = raw_bytes(replace(recipe, ipc=ipc), real, labels)
+            if raw_bytes(replace(recipe, ipc=ipc), real, labels) <= budget:
+                fitting = ipc
         except StillroomError:  # too small for the method
-            if ipc > recipe.ipc:
-                break
             continue
-        if size > budget:
-            break
-        fitting = ipc
     if fitting is None:
         raise StillroomError(
             f"{recipe.method} with {labels} labels has no set of at most {budget:,} bytes, those of {recipe.ipc} "
@@ -184,20 +222,13 @@ def match_bytes(recipe: Recipe, real: RealData, labels: LabelKind) -> int:
 
 
 def raw_bytes(recipe: Recipe, real: RealData, labels: LabelKind) -> int:
-    """Return the raw bytes of a set of the recipe: pixels, compensators, and the labels that are stored with it.
-
-    Of static labels a float16 row per view; of replayed ones a row per image of every batch of the pool's epochs.
-    """
+    """Return the raw bytes of a set of the recipe: pixels, compensators, and the labels that are stored with it."""
     content = METHODS[recipe.method].content(real, len(recipe.teachers.networks), recipe.ipc, recipe.method_config)
     pixels = 3 * real.image_size**2
-    stored = 0
-    if labels == "static":
-        stored = content.views * real.classes * LABEL_BYTES
-    elif labels == "replayed":
-        batch = min(recipe.student.train.batch_size, content.views)
-        rows = recipe.pool.epochs * (content.views // batch) * batch
-        stored = count_logit_bytes(rows, real.classes, recipe.pool.encoding)
-    return content.images * pixels + content.compensators * pixels * content.compensator_bits // 8 + stored
+    scale = 3 * 4 if content.compensator_bits == 8 else 0  # float32 per channel, which 8-bit values are read by
+    stored = count_label_bytes(labels, content.views, real.classes, recipe.pool, recipe.student.train.batch_size)
+    compensators = content.compensators * (pixels * content.compensator_bits // 8 + scale)
+    return content.images * pixels + compensators + stored
 
 
 def slug(name: str) -> str:
@@ -209,5 +240,6 @@ def slug(name: str) -> str:
 
 
 def set_name(entry: Entry) -> str:
-    """Return the name of the folder of an entry's set."""
-    return f"{slug(entry.name)}-ipc{entry.recipe.ipc}"
+    """Return the name of the folder of an entry's set: one for all that differ in who labels it."""
+    method = re.sub(r",?\blabelled_by=(\[[^\]]*\]|[^,]*)", "", entry.name).replace(":,", ":").removesuffix(":")
+    return f"{slug(method)}-ipc{entry.recipe.ipc}"

@@ -15,7 +15,7 @@ from torch import Tensor
 from stillroom.compute import SEED_SCHEME, Plan
 from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError, check_choices
-from stillroom.logits import StoredLogits, encode_logits, stack_logits
+from stillroom.logits import StoredLogits, count_logit_bytes, encode_logits, stack_logits
 from stillroom.manifest import LabelEncoding, PoolFacts
 from stillroom.replay import STUDENT_DRAWS, batch_settings, build_batches, fingerprint_draws
 from stillroom.run import Run
@@ -182,6 +182,17 @@ def encode_batch(logits: Tensor, encoding: LabelEncoding, epoch: int, within: in
             "teachers"
         )
     return encode_logits(logits.cpu(), encoding)
+
+
+def count_label_bytes(kind: str, views: int, classes: int, pool: PoolConfig, batch_size: int) -> int:
+    """Return the bytes of labels that are stored with a set: of static ones a float16 row per view, of replayed ones
+    a row per image of every batch of the pool's epochs, of others none."""
+    if kind == "static":
+        return views * classes * LABEL_BYTES
+    if kind == "replayed":
+        batch = min(batch_size, views)
+        return count_logit_bytes(pool.epochs * (views // batch) * batch, classes, pool.encoding)
+    return 0
 
 
 def dynamic_label_bytes(batch_size: int, steps: int, classes: int) -> int:

@@ -11,17 +11,17 @@ import dataclasses
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stillroom.card import Budget
 from stillroom.compute import Plan, resolve_plan
 from stillroom.data import FACTS, RealData, load_real
 from stillroom.distilled import DistilledSet, count_bytes, load_distilled
 from stillroom.errors import StillroomError
-from stillroom.files import write_json
+from stillroom.files import sha256_bytes, write_json
 from stillroom.labels import PoolConfig, attach_labels
 from stillroom.logits import count_logit_bytes
 from stillroom.manifest import library_versions
@@ -38,14 +38,20 @@ from stillroom.train import TrainConfig
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of a run's table: a set, a kind of label, a budget of optimiser steps."""
+    """One row of a run's table: a set, a kind of label, and the budgets of optimiser steps that it answers for."""
 
     name: str  # of the trainings: the same name is the same training
     set: str  # infer, random, naturals
     labels: str
-    budget: str  # "own", or "equal epochs (static)", "equal steps (static)": the method's with these labels
+    # Of a control: equal epochs or equal steps, each with the method's kind of label whose budget it is; (): the method
+    budgets: tuple[tuple[Literal["equal epochs", "equal steps"], str], ...]
     distilled: DistilledSet
     total_steps: int
+
+    @property
+    def budget(self) -> str:
+        """The budgets in words: "own", or "equal epochs (static), equal steps (dynamic)"."""
+        return ", ".join(f"{budget} ({labels})" for budget, labels in self.budgets) or "own"
 
 
 def open_stages(
@@ -53,10 +59,12 @@ def open_stages(
     run: Run,
     check: Callable[[RealData], None] | None = None,
     bind: Callable[[dict[str, Any], RealData], dict[str, Any]] | None = None,
+    may_be_new: Collection[str] = (),
 ) -> tuple[RealData, Plan]:
     """Load the data and fix the numerical plan, refusing what cannot work before any work is spent.
 
-    `check` and `bind` stand in for `check_recipe` and `bound_settings`, where there is more to a run than one recipe.
+    `check` and `bind` stand in for `check_recipe` and `bound_settings`, where there is more to a run than one recipe;
+    `may_be_new` are sections that its configuration may grow by.
     """
     resolve_plan(recipe.compute)  # a device that is not there is refused before the data is read
     real = load_real(recipe.data)
@@ -67,7 +75,7 @@ def open_stages(
     # Only now: a run directory must not be bound to settings that never worked.
     # Neither how it is computed nor how many students there are makes it another run.
     settings = (bind or bound_settings)(asdict(recipe), real)
-    bound = Plan(**run.bind_config(settings, plan.as_dict()))
+    bound = Plan(**run.bind_config(settings, plan.as_dict(), may_be_new))
     if bound != plan:
         run.notice(f"going on with the numerical plan that the run began with: {bound}")
     bound.activate()
@@ -92,26 +100,30 @@ def bound_settings(settings: dict[str, Any], real: RealData) -> dict[str, Any]:
     return settings | {"data_fingerprint": real.fingerprint}
 
 
-def check_recipe(recipe: Recipe, real: RealData) -> None:
-    """Raise StillroomError for a recipe that this data cannot be distilled by, before any teacher is trained."""
+def check_recipe(recipe: Recipe, real: RealData, control_ipc: int | None = None) -> None:
+    """Raise StillroomError for a recipe that this data cannot be distilled by, before any teacher is trained.
+
+    `control_ipc`: of the random control, where that is not the recipe's.
+    """
+    budget = control_ipc or recipe.ipc
     check_config(recipe.teachers, real)
     if "replayed" in recipe.labels:
         count_logit_bytes(1, real.classes, recipe.pool.encoding)  # refuses an encoding that has too few classes
     build_network(recipe.student.network, real.classes, real.image_size)
     models = {name: build_network(name, real.classes, real.image_size) for name in recipe.teachers.networks}
     own = METHODS[recipe.method].check(real, models, recipe.ipc, recipe.method_config)
-    needed = max(own, recipe.ipc) if recipe.controls else own  # the random control's
+    needed = max(own, budget) if recipe.controls else own  # the random control's
     counts = real.train.labels.bincount(minlength=real.classes)
     if int(counts.min()) < needed:
         index = int(counts.argmin())
         controls = ", or leave the random control out by --no-controls" if int(counts[index]) >= own else ""
         raise StillroomError(
-            f"class {real.class_names[index]!r} has {int(counts[index])} training images, but ipc {recipe.ipc} "
+            f"class {real.class_names[index]!r} has {int(counts[index])} training images, but ipc {budget} "
             f"needs {needed}; add images, lower --ipc{controls}"
         )
-    if recipe.ipc * real.classes >= len(real.train):
+    if budget * real.classes >= len(real.train):
         raise StillroomError(
-            f"ipc {recipe.ipc} for {real.classes} classes is a budget of {recipe.ipc * real.classes} images, but "
+            f"ipc {budget} for {real.classes} classes is a budget of {budget * real.classes} images, but "
             f"{real.name!r} has only {len(real.train)} training images; lower --ipc"
         )
 
@@ -130,12 +142,7 @@ def distill_recipe(recipe: Recipe, run: Run, real: RealData, teachers: list[Teac
                 f"{str(folder)!r} was made with other teachers' weights; give another directory with --out"
             )
         if folder.exists():
-            try:
-                return load_distilled(folder)
-            except StillroomError as error:
-                raise StillroomError(
-                    f"{error} Or delete the folder {str(folder)!r}: the same command makes it again"
-                ) from error
+            return _read_back(folder, run.load_unit("distilled")[0].get("files"))
     distill = METHODS[recipe.method].distill
     distilled = distill(real, teachers, recipe.ipc, recipe.method_config, recipe.distill_seed, plan, run)
     check_made(recipe, real, teachers, distilled)
@@ -163,6 +170,23 @@ def check_made(recipe: Recipe, real: RealData, teachers: list[Teacher], made: Di
             f"the method {recipe.method!r} made a set of {made.manifest.method!r} that holds {held}, but by its "
             f"content in METHODS it holds {said}; mend the one or the other"
         )
+
+
+def _read_back(folder: Path, files: dict[str, str] | None) -> DistilledSet:
+    """Return the set of a run; raises StillroomError where it is damaged, or not the one that the run made."""
+    remedy = f"delete the folder {str(folder)!r}: the same command makes it again"
+    try:
+        distilled = load_distilled(folder)
+    except StillroomError as error:
+        raise StillroomError(f"{error} Or {remedy}") from error
+    found = {role: facts.sha256 for role, facts in distilled.manifest.files.items()}
+    for role in ("images", "compensators", "labels"):
+        if files is not None and files.get(role) != found.get(role):
+            raise StillroomError(
+                f"the {role} in {str(folder)!r} are not those that this run made, and its students were trained on; "
+                f"put the set elsewhere and evaluate it there, or {remedy}"
+            )
+    return distilled
 
 
 def labellers(recipe: Recipe, teachers: list[Teacher]) -> list[Teacher]:
@@ -200,7 +224,9 @@ def run_recipe(recipe: Recipe, run: Run, name: str = "custom") -> dict[str, Any]
         "ipc": recipe.ipc,
         "seeds": list(recipe.seeds),
         "student": recipe.student.network,
-        "protocol": name_protocol(recipe.student, real.image_size),
+        "protocol": name_protocol(
+            recipe.student, real.image_size, recipe.labels, recipe.labelled_by or recipe.teachers.networks
+        ),
         "bytes": describe_budget(count_bytes(distilled)) if distilled.manifest.files else {},
         "cells": rows,
         "paper": EXPECTED.get(name, {}) if is_preset(name, recipe, real) else {},
@@ -252,6 +278,8 @@ def build_cells(
     compensators; at the epochs of the method and at its optimiser steps, since it has M + 1 times as many views.
     """
     method, labelled_by = called or recipe.method, labellers(recipe, teachers)
+    # Sets that other teachers label too, in one table, are told apart.
+    labels_by = "" if recipe.labelled_by is None else f"-by-{_short(' '.join(recipe.labelled_by))}"
     sets: dict[str, DistilledSet] = {method: distilled}
     views = replace(distilled.manifest.views, naturals_as_views=True)  # controls are read like the method's set
     if recipe.controls:
@@ -272,7 +300,7 @@ def build_cells(
         """Return a set with labels of this kind: its own, or else those that the run keeps."""
         if holds_labels(sets[name], kind, recipe.pool):
             return sets[name]
-        unit = f"labels-{_unit(name, sets[name])}"
+        unit = f"labels-{_unit(name, sets[name])}{labels_by}"
         return attach_labels(sets[name], kind, labelled_by, plan, run, unit, recipe.pool, train)
 
     cells: list[Cell] = []
@@ -281,22 +309,29 @@ def build_cells(
         unit = _unit(method, distilled)
         own = labelled(method, labels, train)
         steps = steps_for(own, train)
-        cells.append(Cell(f"{unit}-{labels}-{steps}", method, labels, "own", own, steps))
+        by = labels_by if labels != "hard" else ""
+        cells.append(Cell(f"{unit}-{labels}{by}-{steps}", method, labels, (), own, steps))
         controls = [("random", "hard"), ("random", labels), ("naturals", labels)]
         for name, kind in dict.fromkeys(controls):
             if name == method or name not in sets:
                 continue
-            unit = _unit(name, sets[name])
-            control = labelled(name, kind, train)
-            epochs_steps = steps_for(control, train)
-            for budget, total in (("equal epochs", epochs_steps), ("equal steps", steps)):
-                cell, said = f"{unit}-{kind}-{total}", f"{budget} ({labels})"
+            control, by = labelled(name, kind, train), labels_by if kind != "hard" else ""
+            budgets: tuple[tuple[Literal["equal epochs", "equal steps"], int], ...] = (
+                ("equal epochs", steps_for(control, train)),
+                ("equal steps", steps),
+            )
+            for budget, total in budgets:
+                cell = f"{_unit(name, sets[name])}-{kind}{by}-{total}"
                 same = next((i for i, c in enumerate(cells) if c.name == cell), None)
                 if same is None:
-                    cells.append(Cell(cell, name, kind, said, control, total))
+                    cells.append(Cell(cell, name, kind, ((budget, labels),), control, total))
                 else:  # one training that answers for both
-                    cells[same] = replace(cells[same], budget=f"{cells[same].budget}, {said}")
+                    cells[same] = replace(cells[same], budgets=(*cells[same].budgets, (budget, labels)))
     return cells
+
+
+def _short(text: str) -> str:
+    return sha256_bytes(text.encode())[:8]
 
 
 def _unit(name: str, distilled: DistilledSet) -> str:

@@ -8,6 +8,7 @@ A result bears a protocol's name only if its students' settings are the protocol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -87,10 +88,18 @@ def protocol_student(name: ProtocolName, image_size: int | None) -> StudentConfi
     return students[family_of(image_size or 1)]
 
 
-def name_protocol(student: StudentConfig, image_size: int) -> str:
-    """Return the protocol whose settings `student` has, whatever its network and its curve; "own" where none has."""
+def name_protocol(student: StudentConfig, image_size: int, labels: Sequence[str], labellers: Sequence[str]) -> str:
+    """Return the protocol that this is, whatever the student's network and its curve; "own" where it is none.
+
+    labels: the kinds of label that students are trained with; labellers: the networks that label.
+    """
     for name, protocol in PROTOCOLS.items():
         its = protocol.students[family_of(image_size)]
-        if replace(its, network=student.network, measure_every_epochs=student.measure_every_epochs) == student:
+        if (
+            replace(its, network=student.network, measure_every_epochs=student.measure_every_epochs) == student
+            # Hard labels are the controls', replayed ones dynamic labels that are stored.
+            and {"dynamic" if kind == "replayed" else kind for kind in labels} <= {"hard", *protocol.labels}
+            and (not protocol.teachers or set(labellers) == set(protocol.teachers) or set(labels) == {"hard"})
+        ):
             return name
     return "own"

@@ -19,19 +19,27 @@ _NUMERIC = re.compile(r"[-+]?[\d,.]+\b|-?$")  # a cell that begins with a number
 _MINUS = re.compile(r"(?<![\w-])-(?=\d)")
 
 
-def to_markdown(header: Sequence[str], rows: Rows) -> str:
-    """Return a pipe table, as GitHub and most readers of Markdown know it."""
+def to_markdown(header: Sequence[str], rows: Rows, caption: str = "") -> str:
+    """Return a pipe table, as GitHub and most readers of Markdown know it, and the caption below it."""
     cells = [[_plain(text).replace("|", r"\|") for text in row] for row in (header, *rows)]
     lines = [f"| {' | '.join(row)} |" for row in cells]
-    return "\n".join([lines[0], f"| {' | '.join('---' for _ in header)} |", *lines[1:]]) + "\n"
+    return (
+        "\n".join([lines[0], f"| {' | '.join('---' for _ in header)} |", *lines[1:]])
+        + "\n"
+        + (f"\n{_plain(caption)}\n" if caption else "")
+    )
 
 
-def to_latex(header: Sequence[str], rows: Rows) -> str:
-    """Return a tabular with booktabs' rules (``\\usepackage{booktabs}``), every text escaped, numbers to the right."""
+def to_latex(header: Sequence[str], rows: Rows, caption: str = "") -> str:
+    """Return a tabular with booktabs' rules (``\\usepackage{booktabs}``), every text escaped, numbers to the right.
+
+    The caption stands before it, as a comment.
+    """
     lines = [" & ".join(_escape(_plain(text)) for text in row) for row in (header, *rows)]
     head, *body = [f"{line} \\\\" for line in lines]
     columns = "".join("r" if all(_NUMERIC.match(cell) for cell in cells) else "l" for cells in zip(*rows, strict=True))
     begin, end = f"\\begin{{tabular}}{{{columns or 'l' * len(header)}}}", "\\end{tabular}"
+    begin = f"% {_plain(caption)}\n{begin}" if caption else begin
     return "\n".join([begin, "\\toprule", head, "\\midrule", *body, "\\bottomrule", end]) + "\n"
 
 
@@ -42,7 +50,7 @@ def to_csv(header: Sequence[str], rows: Rows) -> str:
     return text.getvalue()
 
 
-FORMATS: dict[str, Callable[[Sequence[str], Rows], str]] = {"md": to_markdown, "tex": to_latex}
+FORMATS: dict[str, Callable[[Sequence[str], Rows, str], str]] = {"md": to_markdown, "tex": to_latex}
 
 
 def _escape(text: str) -> str:
@@ -53,16 +61,32 @@ def _plain(text: str) -> str:
     return " ".join(text.split())
 
 
-def table_of(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the rows of a comparison's table as texts.
+def caption_of(results: dict[str, Any]) -> str:
+    """Return what a comparison's table is of, in one sentence."""
+    seeds = len(results["seeds"])
+    spread = "mean ± standard deviation, differences paired by seed" if seeds > 1 else "no spread"
+    return (
+        f"{results['dataset']['name']}, top-1 in % of the last epoch on the test split, {seeds} "
+        f"seed{'s' if seeds > 1 else ''}: {spread}; protocol: {results['protocol']}; budgets by {results['budget']}. "
+        "Differences are to random images (with hard labels, with the same labels) and to the method's naturals alone."
+    )
 
-    Differences are those of the means, paired by seed, to random images (same labels) and to the method's own naturals.
-    """
-    scored, seeds = any("scores" in row for row in results["rows"]), len(results["seeds"])
+
+# Columns of differences: the control's set, with the row's labels where it names none, and its budget of steps.
+CONTROLS = {
+    f"vs {control}, {budget}": (control, budget)
+    for control in ("random + hard", "random", "naturals")
+    for budget in ("equal epochs", "equal steps")
+}
+
+
+def table_of(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of a comparison's table as texts; `caption_of` says what the numbers are."""
+    scored = any("scores" in row for row in results["rows"])
     header = [
-        "method", "ipc", "labels", "student", "steps", "top-1", "vs random, equal epochs", "vs random, equal steps",
-        "vs naturals, equal steps", "images", "compensators", "labels, bytes", "ratio by bytes", "ratio as the paper",
-        "distil s", "train s", "duplication", *(("LRS", "ARS", "HLR", "IOR") if scored else ()), "paper",
+        "method", "ipc", "labels", "student", "steps", "top-1", *CONTROLS, "paper",
+        "images", "compensators", "labels, bytes", "ratio by bytes", "ratio as the paper", "distil s", "train s",
+        "duplication", *(("LRS", "ARS", "HLR", "IOR") if scored else ()),
     ]  # fmt: skip
     rows = []
     for row in results["rows"]:
@@ -72,21 +96,24 @@ def table_of(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             rows.append([*first, "failed: " + row["error"], *[""] * (len(header) - 5)])
             continue
         differences = [
-            _spread(row["differences"].get(f"{control} + {row['labels']}, {budget}"), "+", seeds)
-            for control, budget in (("random", "equal epochs"), ("random", "equal steps"), ("naturals", "equal steps"))
+            _spread(
+                row["differences"].get(f"{control if '+' in control else f'{control} + ' + row['labels']}, {budget}"),
+                "+",
+            )
+            for control, budget in CONTROLS.values()
         ]
         size, scores = row["bytes"]["raw"], row.get("scores", {})
         labels = f"{size['labels']:,}"
         if row["labels"] == "dynamic":  # made by the teachers as they are needed
             labels = f"0 ({row['dynamic_label_bytes']:,} if stored)"
+        distil = row["seconds"]["distil"]
         rows.append([
-            *first, f"{row['steps']:,}", _spread([row["mean"], row["std"]], "", seeds), *differences,
+            *first, f"{row['steps']:,}", _spread([row["mean"], row["std"]]), *differences, _spread(row["paper"]),
             f"{size['images']:,}", f"{size['compensators']:,}", labels,
             *(f"{100 * row['bytes'][ratio]:.2f} %" for ratio in ("raw_ratio", "paper_ratio")),
-            f"{row['seconds']['distil']:.0f}",
-            f"{row['seconds']['train']:.0f}", "-" if row["duplication"] is None else f"{row['duplication']:.3f}",
+            "-" if distil is None else f"{distil:.0f}", f"{row['seconds']['train']:.0f}",
+            "-" if row["duplication"] is None else f"{row['duplication']:.3f}",
             *((f"{scores[k]:.3f}" if k in scores else "-" for k in ("LRS", "ARS", "HLR", "IOR")) if scored else ()),
-            _spread(row["paper"]),
         ])  # fmt: skip
     return header, rows
 
@@ -109,13 +136,14 @@ def _flatten(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
             flat |= _flatten(value, f"{name}.")
         elif isinstance(value, list | tuple) and name not in ("top1", "top5"):
             flat |= {f"{name}.mean": value[0], f"{name}.std": value[1]}
-        elif value is not None and name not in ("top1", "top5"):
+        elif name not in ("top1", "top5"):
             flat[name] = value
-    return flat
+    return {name: value for name, value in flat.items() if value is not None}
 
 
-def _spread(numbers: Sequence[float] | None, sign: str = "", seeds: int = 2) -> str:
-    if numbers is None:
+def _spread(numbers: Sequence[float | None] | None, sign: str = "") -> str:
+    """Return "mean ± deviation", without one that is not known."""
+    if numbers is None or numbers[0] is None:
         return "-"
     mean = f"{round(numbers[0], 1) + 0.0:{sign}.1f}"  # no -0.0
-    return f"{mean} ± {numbers[1]:.1f}" if seeds > 1 else mean
+    return mean if numbers[1] is None else f"{mean} ± {numbers[1]:.1f}"

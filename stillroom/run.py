@@ -20,7 +20,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -92,8 +92,12 @@ class Run:
 
     # -- configuration ---------------------------------------------------------------------------------------------
 
-    def bind_config(self, settings: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+    def bind_config(
+        self, settings: dict[str, Any], plan: dict[str, Any], may_be_new: Collection[str] = ()
+    ) -> dict[str, Any]:
         """Store `settings` and `plan` in a new run, or check `settings` against the stored ones of an old run.
+
+        may_be_new: sections that an old run may be without, and then gets.
 
         Returns the plan to work with: the stored one where there is one, so that a resumed run computes the same
         bits. A run in which no unit is begun takes another configuration. Raises StillroomError with the differing
@@ -109,6 +113,9 @@ class Run:
             self.event("opened")
             return plan
         stored = read_json(path)
+        if new := {k: v for k, v in settings.items() if k in may_be_new and k not in stored["settings"]}:
+            stored["settings"] |= new
+            write_json(path, stored)
         differences = list(_differences(stored["settings"], settings))
         if differences:
             lines = "\n".join(f"  {name}: {old!r} there, {new!r} now" for name, old, new in differences)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from stillroom.errors import StillroomError
-from stillroom.readers import npz_array, npz_headers
+from stillroom.readers import FileImages, ParquetImages, Stored, npz_array, npz_headers
 
 INDEX_FILE, SOFT_LABEL_FILE = "index.csv", "soft_labels.npy"  # of a folder that was exported here
+INDEX_COLUMNS = ["file", "label", "class", "image", "compensator"]  # compensator: -1 for an image as it is
 SOFT_LABEL_ARRAY = "soft_labels"  # of an npz file
 SMALLEST_PROBABILITY = 1e-8  # its logarithm stands for that of 0, which no label can store
 SOFT_LABEL_COLUMNS = ("soft_label", "soft_labels", "logits", "probabilities", "probs")
@@ -25,13 +26,60 @@ SOFT_LABEL_COLUMNS = ("soft_label", "soft_labels", "logits", "probabilities", "p
 SoftLabelKind = Literal["logits", "probabilities"]
 
 
-def read_soft_labels(
-    root: Path, paths: list[str], classes: int, given: str | None, kind: SoftLabelKind, notes: list[str]
+def read_logits(
+    stored: Stored,
+    root: Path,
+    labels: np.ndarray,
+    ours: np.ndarray,
+    given: str | None,
+    column: str | None,
+    kind: SoftLabelKind,
+    notes: list[str],
+) -> np.ndarray | None:
+    """Return logits float32 [images, classes] that come with the published images, columns in our label order, or None.
+
+    `labels` int64 [images] are ours, and so is `ours` [classes], by the number that parquet and npz have for a class.
+    Class folders have the file `given`, whose columns are told to be in our order, or what an export left; parquet has
+    `column`. Raises StillroomError for what cannot be read safely, and for other shapes and kinds.
+    """
+    if isinstance(stored, FileImages):
+        return _read_file(root, list(stored.paths), labels, len(ours), given, kind, notes)
+    if isinstance(stored, ParquetImages):
+        files = list(dict.fromkeys(file for file, _ in stored.groups))
+        logits = _read_column(files, len(ours), column, kind, notes)
+    else:
+        logits = _read_array(root, len(labels), len(ours), kind, notes)
+    return None if logits is None else _move_columns(logits, ours)
+
+
+def read_index(root: Path) -> list[dict[str, str]]:
+    """The lines of the index that an export left in `root`, by INDEX_COLUMNS; none where there is no such index.
+
+    Raises StillroomError where it cannot be read as CSV.
+    """
+    path = root / INDEX_FILE
+    if not path.is_file():
+        return []
+    try:  # names of another encoding are no names of ours, and are refused as such
+        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+            lines = csv.DictReader(file, restval="")
+            return list(lines) if lines.fieldnames == INDEX_COLUMNS else []
+    except csv.Error as error:
+        raise StillroomError(f"import: {path} cannot be read as CSV ({error}); export again, or remove it") from error
+
+
+def _read_file(
+    root: Path,
+    paths: list[str],
+    labels: np.ndarray,
+    classes: int,
+    given: str | None,
+    kind: SoftLabelKind,
+    notes: list[str],
 ) -> np.ndarray | None:
     """Return logits float32 [images, classes] in the order of `paths`, or None with a note why there are none.
 
     From the file `given`, whose rows stand in that order, or else those that an export left in `root`, by its index.
-    Raises StillroomError for what cannot be read safely, and for another shape.
     """
     path = Path(given) if given is not None else root / SOFT_LABEL_FILE
     if given is None and not path.is_file():
@@ -58,14 +106,33 @@ def read_soft_labels(
             f"import: {path} holds {stored.dtype} {list(stored.shape)}; needed are floats {shape}, a row per image"
         )
     logits = to_logits(np.array(stored, np.float32), kind, str(path))
-    if given is None:  # ours, whose index says which row belongs to which file
-        with (root / INDEX_FILE).open(encoding="utf-8", newline="") as file:
-            row_of = {line["file"]: row for row, line in enumerate(csv.DictReader(file))}
-        absent = [name for name in paths if name not in row_of]
-        if absent or len(row_of) != len(paths):
-            raise StillroomError(f"import: {root / INDEX_FILE} and the images differ, as in {absent[:3]}; export again")
-        logits = logits[[row_of[name] for name in paths]]
-    return logits
+    return logits if given is not None else _order_by_index(logits, root, paths, labels)
+
+
+def _order_by_index(logits: np.ndarray, root: Path, paths: list[str], labels: np.ndarray) -> np.ndarray:
+    """Return exported logits [images, classes], rows in the order of `paths`, columns in that of our `labels` [images].
+
+    The index says which row and label the export had for a file; our label of the same file says where that column
+    belongs. Raises StillroomError where the index and the images differ.
+    """
+    index = read_index(root)
+    row_of = {line["file"]: row for row, line in enumerate(index)}
+    absent = [name for name in paths if name not in row_of]
+    if absent or len(index) != len(paths):
+        raise StillroomError(f"import: {root / INDEX_FILE} and the images differ, as in {absent[:3]}; export again")
+    rows = [row_of[name] for name in paths]
+    pairs = {(index[row]["label"], label) for row, label in zip(rows, labels.tolist(), strict=True)}
+    theirs, ours = [str(label) for label in range(logits.shape[1])], dict(pairs)
+    if len(pairs) != len(theirs) or set(ours) != set(theirs):
+        raise StillroomError(f"import: {root / INDEX_FILE} has no one label for each class of images; export again")
+    return _move_columns(logits[rows], np.array([ours[label] for label in theirs]))
+
+
+def _move_columns(logits: np.ndarray, ours: np.ndarray) -> np.ndarray:
+    """Return logits [rows, classes] with each column at our label of its class."""
+    moved = np.empty_like(logits)
+    moved[:, ours] = logits
+    return moved
 
 
 def _load_torch(path: Path) -> Any:
@@ -97,7 +164,7 @@ def _describe_fkd(path: Path) -> str:
     )
 
 
-def read_soft_label_column(
+def _read_column(
     files: list[Path], classes: int, wanted: str | None, kind: SoftLabelKind, notes: list[str]
 ) -> np.ndarray | None:
     """Return logits float32 [rows, classes] of the parquet column `wanted`, or of one that is named as usual.
@@ -132,9 +199,7 @@ def read_soft_label_column(
     return to_logits(np.concatenate(parts), kind, f"column {column!r} of {files[0]}")
 
 
-def read_soft_label_array(
-    path: Path, images: int, classes: int, kind: SoftLabelKind, notes: list[str]
-) -> np.ndarray | None:
+def _read_array(path: Path, images: int, classes: int, kind: SoftLabelKind, notes: list[str]) -> np.ndarray | None:
     """Return logits float32 [images, classes] of the array `soft_labels` of an npz file; None where it has none.
 
     Raises StillroomError for an array of another shape or type, before it is read.

@@ -7,9 +7,10 @@ beside it and is never chosen by.
 from __future__ import annotations
 
 import functools
+import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from stillroom.compute import Plan, derive_seed
 from stillroom.data import RealData
 from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError, check_choices
+from stillroom.files import sha256_bytes
 from stillroom.labels import dynamic_label_bytes, ensemble_logits
 from stillroom.networks import build_network
 from stillroom.replay import STUDENT_DRAWS, build_batches, replayed_epochs
@@ -180,7 +182,8 @@ def evaluate(
 
     The labels are the set's kind; "dynamic" needs `teachers`. `total_steps` overrides the epochs (for controls at equal
     optimiser steps). A unit of work is one student; `cell` names them in the run. Raises StillroomError where set and
-    data do not belong together or a loss is not finite, TimeLimitReached where the run is to stop.
+    data do not belong together, a finished student had another set or other labels, or a loss is not finite,
+    TimeLimitReached where the run is to stop.
     """
     check_matches(distilled, real)
     if not seeds:
@@ -190,15 +193,23 @@ def evaluate(
     if kind == "replayed":
         replayed_epochs(distilled, train)  # refused before anything is trained
     steps = total_steps or steps_for(distilled, train)
+    made_by = sha256_bytes(f"{distilled.fingerprint} {hash_labels(distilled, teachers or [])}".encode())
     results = []
     for seed in seeds:
         unit = f"student-{cell}-{config.network.replace(':', '-')}-{seed}"
         if not run.unit_done(unit):
-            result = train_student(distilled, real, config, train, steps, seed, teachers or [], plan, run, unit)
-            run.finish_unit(unit, result)
+            result = train_student(
+                distilled, real, config, train, steps, seed, teachers or [], plan, run, unit, made_by=made_by
+            )
+            run.finish_unit(unit, result | {"made_by": made_by})
             run.check_time()
         else:
             result, _ = run.load_unit(unit)
+            if result.get("made_by", made_by) != made_by:  # those of before there was a hash have none
+                raise StillroomError(
+                    f"the finished student {unit!r} was trained on another set, or labelled by other teachers' "
+                    "weights; give another directory with --out"
+                )
         results.append(result)
     stored = 0 if distilled.soft_labels is None else distilled.soft_labels.nbytes
     if distilled.pool is not None:
@@ -216,6 +227,17 @@ def evaluate(
     )
 
 
+def hash_labels(distilled: DistilledSet, teachers: list[Teacher]) -> str:
+    """Return a SHA-256 of what students of `distilled` will learn from beside its classes; "" for hard labels."""
+    if distilled.soft_labels is not None:
+        return sha256_bytes(distilled.soft_labels.contiguous().cpu().numpy().tobytes())
+    if distilled.manifest.pool is not None:
+        return sha256_bytes(json.dumps(asdict(distilled.manifest.pool)).encode())
+    if distilled.manifest.label_kind == "hard":
+        return ""
+    return sha256_bytes(json.dumps([(teacher.hash, teacher.equal_norms) for teacher in teachers]).encode())
+
+
 def train_student(
     distilled: DistilledSet,
     real: RealData,
@@ -227,8 +249,13 @@ def train_student(
     plan: Plan,
     run: Run,
     unit: str,
+    *,
+    made_by: str = "",
 ) -> dict[str, Any]:
-    """Train one student (Algorithm 2) and return {"top1", "top5", "best", "seconds", "history"}."""
+    """Train one student (Algorithm 2) and return {"top1", "top5", "best", "seconds", "history"}.
+
+    `made_by`: a hash of set and labels, without which an unfinished `unit` is not gone on with.
+    """
     normalization = distilled.manifest.normalization
     model = build_network(
         config.network, real.classes, real.image_size, seed=derive_seed(seed, "student", config.network)
@@ -247,7 +274,7 @@ def train_student(
         choose_loss(config, kind),
         plan,
         run,
-        run.checkpoint(unit),
+        run.checkpoint(unit, made_by),
         label=unit,
         total_steps=steps,
         measure=lambda m: measure_accuracy(m, real.test, normalization.mean, normalization.std, plan),

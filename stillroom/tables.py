@@ -13,9 +13,8 @@ from rich.table import Column, Table
 from stillroom.data import RealData
 from stillroom.distilled import count_bytes, load_distilled
 from stillroom.estimate import Stage
-from stillroom.protocols import name_protocol
 from stillroom.recipes import EXPECTED, Recipe
-from stillroom.render import table_of
+from stillroom.render import CONTROLS, caption_of, table_of
 from stillroom.students import Evaluation, StudentConfig
 from stillroom.teachers import Teacher
 
@@ -59,21 +58,26 @@ def show_comparison(results: dict[str, Any]) -> None:
     """Print a comparison's rows: accuracy and differences, then what they cost, then what failed."""
     header, rows = table_of(results)
     kept = [row for row in rows if not row[4].startswith("failed")]
+    costs = header.index("images")
     parts = {
-        f"{results['dataset']['name']}, budgets by {results['budget']}, top-1 in %": (*header[4:9], "paper"),
-        "What it costs, in bytes and seconds": header[9:17],
-        "Scores": header[17:-1],
+        f"{results['dataset']['name']}, budgets by {results['budget']}, top-1 in %": ("steps", "top-1", "paper"),
+        "Ahead of its controls, in points of top-1": tuple(CONTROLS),
+        "What it costs, in bytes and seconds": header[costs : costs + 8],
+        "Scores": header[costs + 8 :],
     }
-    for title, columns in parts.items():
-        table = Table(*(Column(name, no_wrap=True) for name in header[:4]), *columns, title=title)
+    for title, names in parts.items():
+        # What no row has, and a student that all have, would only take the room of numbers.
+        columns = [name for name in names if {row[header.index(name)] for row in kept} - {"-"}]
+        first = [name for name in header[:4] if name != "student" or len({row[3] for row in kept}) > 1]
+        table = Table(*(Column(name, no_wrap=True) for name in first), *columns, title=title)
         for row in kept:
-            table.add_row(*row[:4], *(row[header.index(name)] for name in columns))
+            table.add_row(*(row[header.index(name)] for name in (*first, *columns)))
         if columns:
             console.print(table)
     for row in results["rows"]:
         if "error" in row:
             print(f"failed: {row['method']}, ipc {row['ipc']}, {row['labels']}, {row['student']}: {row['error']}")
-    print(f"{len(results['seeds'])} seeds, last epoch, mean ± std; differences are paired by seed")
+    print(caption_of(results))
 
 
 def show_teachers(real: RealData, teachers: list[Teacher]) -> None:
@@ -85,10 +89,10 @@ def show_teachers(real: RealData, teachers: list[Teacher]) -> None:
     console.print(table)
 
 
-def show_evaluation(real: RealData, student: StudentConfig, result: Evaluation) -> None:
+def show_evaluation(real: RealData, student: StudentConfig, result: Evaluation, protocol: str) -> None:
     """Print what students reached on a dataset."""
     table = Table("student", "labels", "steps", "top-1", "top-5", "best top-1", "label bytes",
-                  title=f"{real.name}, protocol: {name_protocol(student, real.image_size)}")  # fmt: skip
+                  title=f"{real.name}, protocol: {protocol}")  # fmt: skip
     top1, top5, best = ([100 * v for v in values] for values in (result.top1, result.top5, result.best))
     table.add_row(
         result.network, result.labels, f"{result.steps:,}", _spread(top1), _top5(_spread(top5), real.classes),

@@ -178,8 +178,9 @@ def teacher_key(name: str, real: RealData, config: TeachersConfig, plan: Plan) -
         "train": {k: v for k, v in asdict(config.train).items() if k not in STUDENT_SETTINGS},
         "steps": config.steps_for(len(real.train)),
         "seed": config.seed,
-        # not which of several cards: `processor` names the kind
-        "plan": {k: v for k, v in plan.as_dict().items() if k != "pack_slots"} | {"device": plan.device.split(":")[0]},
+        # Not how recoveries are cut, nor which of several cards: `processor` names the kind.
+        "plan": {k: v for k, v in plan.as_dict().items() if k not in ("pack_slots", "chunk_images")}
+        | {"device": plan.device.split(":")[0]},
         **{name: importlib.metadata.version(name) for name in ("torchvision", "timm")},
     }
 

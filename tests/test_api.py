@@ -67,7 +67,7 @@ def test_students_of_wrong_values_are_refused_before_they_are_trained(
     toy: RealData, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], message: str
 ) -> None:
     distilled = stillroom.distill("random", toy, [], ipc=2, labels="hard")
-    monkeypatch.setattr(students, "train_student", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(students, "train_student", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(StillroomError, match=message):
         stillroom.evaluate(distilled, toy, "convnet_thin", **settings)
 

@@ -459,7 +459,7 @@ def test_evaluate_labels_with_the_weights_that_the_set_was_made_with_or_says_how
     assert not list(own_cache.iterdir())
     code, out, err = tell(*words, "--teachers.networks", "toynet")
     assert code == 0
-    assert err.startswith("not in the cache, and trained before the students: toynet; where their weights differ")
+    assert err.startswith("not in the cache, and trained before the students: toynet (4 epochs of 96 images")
 
 
 def test_evaluate_keeps_its_students_out_of_the_set_s_own_directory(
@@ -534,7 +534,10 @@ def test_a_recipe_takes_the_protocol_below_the_file_and_the_flags(
     assert plain["student"] == unified
     assert plain["labels"] == ["dynamic"]
     assert plain["teachers"]["networks"] == ["toynet"]  # they make the set
-    assert "has labels of resnet18 alone; here all teachers label" in tell(*words)[2]
+    assert "has labels of resnet18 alone, which is not among the teachers; here all of them label" in tell(*words)[2]
+    paper = settings_of(tell("run", "infer-cifar100-ipc10", "--protocol", "unified", "--print-config"))
+    assert paper["labelled_by"] == ["resnet18"]
+    assert plain["labelled_by"] is None
     (tmp_path / "mine.yaml").write_text("student:\n  temperature: 7\n  train: {epochs: 9}\nlabels: [hard]\n")
     changed = settings_of(tell(*words, "--config", tmp_path / "mine.yaml", "--student.train.epochs", 3))
     assert changed["labels"] == ["hard"]

@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 
 from stillroom import cli, compare, estimate, grid, labels, paper, render, scores, students, teachers
 from stillroom.compute import Plan
-from stillroom.data import load_real
+from stillroom.data import FACTS, load_real
 from stillroom.distilled import count_bytes, load_distilled
 from stillroom.errors import StillroomError
 from stillroom.grid import Grid, comparison_of
 from stillroom.labels import PoolConfig
 from stillroom.methods import METHODS, Method, select
+from stillroom.networks import NETWORKS
 from stillroom.recipes import EXPECTED, Recipe, find_recipe, smoke
 from stillroom.run import Run
 
@@ -82,9 +83,9 @@ def test_random_images_are_trained_on_once_though_they_are_a_method_and_a_contro
     relabelled: list[str] = []
     train, relabel = students.train_student, labels.ensemble_logits
 
-    def count_training(*arguments: Any) -> Any:
+    def count_training(*arguments: Any, **options: Any) -> Any:
         trained.append(arguments[-1])
-        return train(*arguments)
+        return train(*arguments, **options)
 
     def count_labels(*arguments: Any) -> Any:
         relabelled.append("")
@@ -116,7 +117,9 @@ def test_variants_whose_naturals_differ_share_neither_labels_nor_students(toy_re
 
 def test_a_second_time_nothing_is_computed(toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run_grid(toy_recipe, tmp_path / "run", scores=True)
-    for module, name in ((students, "train_student"), (teachers, "fit"), (labels, "ensemble_logits")):
+    for module, name in (
+        (students, "train_student"), (teachers, "fit"), (labels, "ensemble_logits"), (compare, "feature_duplication"),
+    ):  # fmt: skip
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("computed again"))
     assert without_times(run_grid(toy_recipe, tmp_path / "run", scores=True)) == without_times(first)
 
@@ -191,9 +194,13 @@ def test_one_cell_that_fails_is_marked_and_the_others_are_there(
     assert "failed: the loss is not finite" in (tmp_path / "run/table.md").read_text()
 
 
-def test_the_command_writes_the_table_in_every_format(toy_recipe: Recipe, tmp_path: Path) -> None:
+def test_the_command_writes_the_table_in_every_format_and_tells_of_each_cell(
+    toy_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["compare", "toy", "--labels", "static", "--seeds", "0", "--out", str(tmp_path / "run")]
     assert cli.main(words) == cli.OK
+    told = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()]
+    assert told == ["random, ipc 4, static, toynet", "infer, ipc 4, static, toynet"]
     rows = list(csv.DictReader(io.StringIO((tmp_path / "run/table.csv").read_text())))
     kept = json.loads((tmp_path / "run/comparison.json").read_text())["rows"]
     assert [(r["method"], r["ipc"], r["labels"], r["student"]) for r in rows] == [
@@ -205,7 +212,7 @@ def test_the_command_writes_the_table_in_every_format(toy_recipe: Recipe, tmp_pa
     steps = "differences.random + static, equal steps.mean"
     assert (rows[0][steps], float(rows[1][steps])) == ("", kept[1]["differences"]["random + static, equal steps"][0])
     assert "±" not in (tmp_path / "run/table.md").read_text()  # one seed has no spread
-    assert (tmp_path / "run/table.md").read_text().count("\n") == 4
+    assert (tmp_path / "run/table.md").read_text().count("\n") == 6  # two rows, and the caption
     assert r"\toprule" in (tmp_path / "run/table.tex").read_text()
 
 
@@ -216,8 +223,7 @@ def test_bytes_are_foretold_exactly(toy_recipe: Recipe, tmp_path: Path, method: 
     recipe = replace(toy_recipe, labels=(kind,), seeds=(0,), controls=False, pool=pool)
     results = run_grid(recipe, tmp_path / "run", methods=(method,))
     foretold = grid.raw_bytes(grid.read_method(method, recipe), load_real(recipe.data), kind)
-    scales = 36 if method.endswith("=8") else 0  # three slots of three float32 scales
-    assert sum(results["rows"][0]["bytes"]["raw"].values()) == foretold + scales
+    assert sum(results["rows"][0]["bytes"]["raw"].values()) == foretold
 
 
 def test_at_equal_bytes_a_method_gets_the_largest_budget_that_fits(toy_recipe: Recipe) -> None:
@@ -286,7 +292,6 @@ def test_a_budget_too_small_for_a_methods_bytes_is_refused(toy_recipe: Recipe) -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"methods": ()}, "grid.methods is empty"),
         ({"methods": ("random", "random")}, "has repeats"),
         ({"ipc": (0,)}, "1 or more images per class"),
         ({"budget": "byte"}, "grid.budget is 'byte'"),
@@ -417,10 +422,154 @@ def test_numbers_stand_to_the_right_in_latex_and_their_minus_is_one() -> None:
 
 def test_differences_of_nothing_are_not_negative() -> None:
     assert render._spread([-0.04, 1.0], "+") == "+0.0 ± 1.0"
-    assert render._spread([-0.04, 0.0], seeds=1) == "0.0"
+    assert render._spread([-0.04, None]) == "0.0"
     assert render._spread(None) == "-"
 
 
 def test_scores_without_the_random_control_are_refused(toy_recipe: Recipe) -> None:
     with pytest.raises(StillroomError, match=r"leave --no-controls out"):
         comparison_of(replace(toy_recipe, controls=False), Grid(scores=True))
+
+
+def test_one_kind_of_label_that_fails_does_not_lose_the_others(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory\nfor labels")
+
+    monkeypatch.setattr(labels, "compute_label_pool", fail)
+    recipe = replace(toy_recipe, labels=("hard", "static", "replayed"), seeds=(0,))
+    rows = run_grid(recipe, tmp_path / "run", methods=("infer",))["rows"]
+    assert [row.get("error") for row in rows] == [None, None, "no memory for labels"]
+    assert json.loads((tmp_path / "run" / "comparison.json").read_text())["rows"] == rows
+
+
+def test_without_features_to_compare_there_is_no_duplication_and_every_accuracy(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise StillroomError("it does not end in a linear layer")
+
+    monkeypatch.setattr(compare, "feature_duplication", fail)
+    rows = run_grid(replace(toy_recipe, labels=("hard",), seeds=(0,)), tmp_path / "run", methods=("infer",))["rows"]
+    assert [(row["duplication"], "mean" in row) for row in rows] == [(None, True)]
+
+
+def test_a_grid_grows_by_a_method_that_its_directory_has_never_heard_of(toy_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = replace(toy_recipe, labels=("hard",), seeds=(0,))
+    run_grid(recipe, tmp_path / "run", methods=("random",))
+    path = tmp_path / "run" / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["settings"]["herding"]
+    path.write_text(json.dumps(stored))
+    assert len(run_grid(recipe, tmp_path / "run", methods=("random", "herding"))["rows"]) == 2
+    assert "herding" in json.loads(path.read_text())["settings"]
+
+
+def test_without_methods_the_recipe_s_own_stands_beside_random_images(toy_recipe: Recipe) -> None:
+    assert comparison_of(replace(toy_recipe, method="herding"), Grid()).methods == ("random", "herding")
+    assert comparison_of(replace(toy_recipe, method="random"), Grid()).methods == ("random",)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "herding", "--grid.methods", "infer"], "--method herding is not looked at beside --grid.methods"),
+        (["--ipc", "3", "--grid.ipc", "4", "5"], "--ipc 3 is not looked at beside --grid.ipc"),
+        (["--grid.scores", "--labels", "hard"], "grid.scores are of soft labels"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    toy_recipe: Recipe, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert cli.main(["compare", "toy", *words, "--dry-run"]) == cli.USAGE
+    assert message in capsys.readouterr().err
+
+
+def test_a_budget_by_bytes_is_checked_by_its_images_and_not_by_its_number(toy_recipe: Recipe) -> None:
+    """23 of 24 images per class; as bytes, naturals alone have more ipc than there are images."""
+    recipe = replace(toy_recipe, ipc=23, labels=("hard",))
+    comparison = comparison_of(recipe, Grid(methods=("infer:compensators=false",), budget="bytes"))
+    (entry,), refused = grid.plan_entries(comparison, load_real(recipe.data))
+    assert refused == []
+    assert entry.recipe.ipc > 24
+
+
+def test_dynamic_labels_count_in_the_paper_s_ratio_and_in_no_other(toy_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = replace(toy_recipe, labels=("hard", "dynamic"), seeds=(0,))
+    hard, dynamic = run_grid(recipe, tmp_path / "run", methods=("random",))["rows"]
+    assert dynamic["bytes"]["raw_ratio"] == hard["bytes"]["raw_ratio"]
+    taken = dynamic["dynamic_label_bytes"] / dynamic["bytes"]["real_stored_bytes"]
+    assert dynamic["bytes"]["paper_ratio"] == pytest.approx(hard["bytes"]["paper_ratio"] + taken, abs=2e-6)
+    assert hard["std"] is None
+
+
+def test_who_labels_is_a_variant_and_shares_the_set(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Table 6 in one table: one distillation, labels and controls of their own."""
+    monkeypatch.setitem(NETWORKS, "other", NETWORKS["toynet"])
+    networks = replace(toy_recipe.teachers, networks=("toynet", "other"))
+    recipe = replace(toy_recipe, teachers=networks, labels=("static",), seeds=(0,))
+    methods = ("infer", "infer:labelled_by=[other]", "infer:labelled_by=[toynet]")
+    results = run_grid(recipe, tmp_path / "run", methods=methods)
+    assert [row["method"] for row in results["rows"]] == list(methods)
+    assert sorted(path.name for path in (tmp_path / "run" / "sets").iterdir()) == ["infer-ipc4", "random-ipc4"]
+    assert len([name for name in results["trainings"] if name.startswith("random") and "static" in name]) == 6
+    with pytest.raises(StillroomError, match="labelled_by names 'third', which is not among the teachers"):
+        run_grid(recipe, tmp_path / "run", methods=("infer:labelled_by=[third]",))
+
+
+def test_a_set_that_is_there_already_stands_in_the_table_beside_random_images(
+    toy_recipe: Recipe, tmp_path: Path
+) -> None:
+    recipe = replace(toy_recipe, labels=("static",), seeds=(0,))
+    made = run_grid(recipe, tmp_path / "made", methods=("infer",))["rows"][0]
+    folder = tmp_path / "made" / "sets" / "infer-ipc4"
+    (row,) = run_grid(recipe, tmp_path / "run", methods=(f"set:{folder}",))["rows"]
+    for name in ("top1", "differences", "bytes", "duplication", "ipc"):
+        assert row[name] == made[name]
+    assert row["seconds"]["distil"] is None
+    with pytest.raises(StillroomError, match=r"these cells cannot be:\n  set:.*nowhere"):
+        run_grid(recipe, tmp_path / "run", methods=(f"set:{tmp_path}/nowhere",))
+
+
+def test_every_difference_and_the_protocol_stand_in_the_table(toy_recipe: Recipe, tmp_path: Path) -> None:
+    results = run_grid(replace(toy_recipe, labels=("static",)), tmp_path / "run", methods=("infer",))
+    header, (row,) = render.table_of(results)
+    shown = {name: text for name, text in zip(header, row, strict=True) if name.startswith("vs ")}
+    for name, (mean, std) in results["rows"][0]["differences"].items():
+        column = f"vs {name}" if "hard" in name else f"vs {name.replace(' + static', '')}"
+        assert shown.pop(column) == render._spread([mean, std], "+")
+    assert shown == {}
+    assert "protocol: own" in (tmp_path / "run" / "table.md").read_text()
+
+
+def test_published_numbers_stand_beside_the_published_cells_alone(toy_recipe: Recipe) -> None:
+    toy = load_real(toy_recipe.data)
+    cifar = replace(toy, class_names=FACTS["cifar100"].class_names, image_size=32)
+    for name, labels_of, expected in (
+        ("infer-cifar100-ipc10", "static", [45.2, 0.04]),
+        ("gvbsm-cifar100-ipc10", "dynamic", [59.5, None]),
+        ("rded-cifar100-ipc10", "dynamic", [42.6, None]),
+        ("gvbsm-cifar100-ipc10", "static", None),
+    ):
+        recipe = find_recipe(name)
+        entry = grid.Entry(recipe.method, 10, recipe)
+        assert compare.paper_number(entry, labels_of, recipe.student, cifar) == expected
+        changed = replace(entry, name=f"{recipe.method}:steps=3")
+        assert compare.paper_number(changed, labels_of, recipe.student, cifar) is None
+    infer = find_recipe("infer-cifar100-ipc10")
+    random = grid.Entry("random", 10, replace(infer, method="random"))
+    assert compare.paper_number(random, "hard", infer.student, cifar) == [15.8, 0.2]
+
+
+def test_students_of_the_grid_have_rows_of_their_own_and_unknown_ones_are_refused(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(NETWORKS, "other", NETWORKS["toynet"])
+    recipe = replace(toy_recipe, labels=("hard",), seeds=(0,))
+    rows = run_grid(recipe, tmp_path / "run", methods=("random",), students=("toynet", "other"))["rows"]
+    assert [row["student"] for row in rows] == ["toynet", "other"]
+    with pytest.raises(StillroomError, match="student nobody: "):
+        run_grid(recipe, tmp_path / "run", methods=("random",), students=("nobody",))

@@ -28,7 +28,7 @@ from PIL import Image
 from stillroom import cli
 from stillroom.classnames import match_classes
 from stillroom.compute import Plan
-from stillroom.data import DataConfig, RealData, load_real
+from stillroom.data import CIFAR10, CIFAR100, DataConfig, RealData, load_real
 from stillroom.distilled import (
     DistilledSet,
     dequantize_compensators,
@@ -258,6 +258,43 @@ def test_folders_come_back_bit_for_bit_with_their_soft_labels(
     for path in (tmp_path / "out").rglob("*.*"):
         if path.suffix in (".png", ".npy"):
             assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "out")).read_bytes()
+
+
+@pytest.mark.parametrize("sign", ["", "?"])  # with it folders are numbered, and index.csv alone has the names
+def test_exported_folders_come_back_to_the_same_data_in_another_order_of_classes(
+    plain: DistilledSet, toy: RealData, tmp_path: Path, sign: str
+) -> None:
+    names = tuple(toy.class_names) if not sign else ("a b", "a?b", "c", "d")
+    export_set(replace(plain, manifest=replace(plain.manifest, class_names=names)), "folder", tmp_path / "out")
+    order = [2, 0, 3, 1]  # our label of a class is where its old one stands here
+    back = import_set(tmp_path / "out", replace(toy, class_names=tuple(names[label] for label in order)))
+    assert "classes matched by name" in notes_of(back)
+    assert "for 100% of the images" in notes_of(back)
+    for image, label, logits in zip(plain.images, plain.labels, plain.soft_labels, strict=True):
+        (row,) = [row for row, other in enumerate(back.images) if torch.equal(image, other)]
+        assert order[back.labels[row]] == label
+        assert torch.equal(back.soft_labels[row], logits[order])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace(",0,", ",1,", 1), "has no one label for each class"),
+        (lambda text: text.replace(",0,", ",9,"), "has no one label for each class"),
+        (lambda text: text.rpartition("\n")[0].rpartition("\n")[0], "and the images differ"),
+        (lambda text: text + text.splitlines()[1], "and the images differ"),
+        (lambda text: "name,label\n" + text, "and the images differ"),
+        (lambda text: text + "x" * 200_000, "cannot be read as CSV"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_folders_is_refused(
+    plain: DistilledSet, toy: RealData, tmp_path: Path, change: Callable[[str], str], message: str
+) -> None:
+    export_set(plain, "folder", tmp_path / "out")
+    index = tmp_path / "out" / "index.csv"
+    index.write_text(change(index.read_text(encoding="utf-8")), encoding="utf-8")
+    with pytest.raises(StillroomError, match=rf"index\.csv {message}"):
+        import_set(tmp_path / "out", toy)
 
 
 @pytest.mark.parametrize(
@@ -550,6 +587,26 @@ def test_arrays_come_back_as_they_were_exported(
     assert "pixels of float32 rounded to 8 bits" in notes_of(views)
 
 
+def test_views_that_a_set_does_not_cut_are_refused_with_the_ways_to_cut_them(
+    smooth: DistilledSet, large: RealData, tmp_path: Path
+) -> None:
+    assert "leave" not in " ".join(export_set(smooth, "npz", tmp_path / "cut.npz"))
+    views = replace(smooth.manifest.views, clip=False)
+    uncut = replace(smooth, manifest=replace(smooth.manifest, views=views))
+    assert "views leave [0, 1]" in export_set(uncut, "npz", tmp_path / "views.npz")[1]
+    with pytest.raises(
+        StillroomError, match=r"\(clip is false\) are cut by images\.clip\(0, 1\), or by an export --to f"
+    ):
+        import_set(tmp_path / "views.npz", large)
+    with np.load(tmp_path / "views.npz") as arrays:
+        cut = dict(arrays) | {"train_images": arrays["train_images"].clip(0, 1)}
+    np.savez(tmp_path / "clipped.npz", **cut)
+    export_set(uncut, "folder", tmp_path / "folder")
+    by_array = import_set(tmp_path / "clipped.npz", large)
+    by_folder = import_set(tmp_path / "folder", large, ImportConfig(layout="folder"))
+    assert sorted(by_array.images.flatten(1).tolist()) == sorted(by_folder.images.flatten(1).tolist())
+
+
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -784,12 +841,12 @@ def test_arrays_are_one_new_file_whose_name_says_what_it_is(
 def test_ranking_tensors_are_normalised_as_the_evaluator_normalises_and_stand_class_by_class(
     plain: DistilledSet, tmp_path: Path
 ) -> None:
-    cifar = replace(plain.manifest.dataset, name="cifar100")
-    notes = export_set(replace(plain, manifest=replace(plain.manifest, dataset=cifar)), "ddranking", tmp_path / "out")
+    notes = export_set(plain, "ddranking", tmp_path / "out")
     assert "ipc=3" in notes[0]
+    assert "what the evaluator has for 'toy' is not known here" in notes[1]
     images = torch.load(tmp_path / "out" / "images.pt", weights_only=True)
-    order = plain.labels.argsort(stable=True)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in DDRANKING_CONSTANTS["cifar100"])
+    order, constants = plain.labels.argsort(stable=True), plain.manifest.normalization
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (constants.mean, constants.std))
     assert torch.allclose(images * std + mean, plain.images[order] / 255, atol=1e-6)
     labels = torch.load(tmp_path / "out" / "hard_labels.pt", weights_only=True)
     assert labels.tolist() == [label for label in range(4) for _ in range(3)]
@@ -799,6 +856,71 @@ def test_ranking_tensors_are_normalised_as_the_evaluator_normalises_and_stand_cl
     for layout, message in (("ddranking", "classes have 2 to 3 views"), ("infer", "not every class has one image in")):
         with pytest.raises(StillroomError, match=message):
             export_set(uneven, layout, tmp_path / "uneven")
+
+
+def write_real(path: Path, classes: int, side: int, names: tuple[str, ...] | None = None) -> None:
+    """Real data of one image per class and split, in a folder, an npz file or parquet files, as `path` ends."""
+    pixels = np.random.default_rng(0).integers(0, 256, (classes, side, side, 3)).astype(np.uint8)
+    labels = np.arange(classes)
+    if path.suffix == ".npz":
+        named = {} if names is None else {"class_names": np.array(names)}
+        np.savez(path, train_images=pixels, train_labels=labels, test_images=pixels, test_labels=labels, **named)
+        return
+    for split in ("train", "test"):
+        files = []
+        for label, image in enumerate(pixels):
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, "PNG")
+            files.append({"bytes": buffer.getvalue(), "path": None})
+            if path.suffix != ".hub":
+                (path / split / f"n{label:08d}").mkdir(parents=True)
+                (path / split / f"n{label:08d}" / "0.png").write_bytes(buffer.getvalue())
+        if path.suffix == ".hub":
+            path.mkdir(exist_ok=True)
+            pq.write_table(pa.table({"img": files, "fine_label": labels}), path / f"{split}-0.parquet")
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "classes", "side", "names", "known"),
+    [
+        ("cifar100.npz", "cifar100", 100, 32, None, "cifar100"),
+        ("train.npz", "train.npz", 100, 32, CIFAR100, "cifar100"),
+        ("train.npz", "train.npz", 10, 32, CIFAR10, "cifar10"),
+        ("CIFAR-10_whole.npz", "CIFAR-10_whole.npz", 10, 32, None, "cifar10"),
+        ("cifar-100-python", "./cifar-100-python", 100, 32, None, "cifar100"),
+        ("x.hub", "uoft-cs/cifar100", 100, 32, None, "cifar100"),
+        ("tiny-imagenet-200", "./tiny-imagenet-200", 200, 64, None, "tiny-imagenet"),
+        ("x.hub", "zh-plus/tiny-imagenet", 200, 64, None, "tiny-imagenet"),
+        ("train.npz", "train.npz", 10, 16, CIFAR10, None),  # other images of classes of the same names
+        ("train.npz", "train.npz", 100, 32, None, None),
+        ("cifar100.npz", "./cifar100.npz", 20, 32, None, None),  # its coarse labels
+    ],
+)
+def test_ranking_tensors_have_the_evaluators_constants_whatever_the_dataset_is_called(
+    plan: Plan,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    source: str,
+    classes: int,
+    side: int,
+    names: tuple[str, ...] | None,
+    known: str | None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_real(tmp_path / file, classes, side, names)
+    hub = SimpleNamespace(snapshot_download=lambda *_, **__: str(tmp_path / file))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    column = "fine_label" if file == "x.hub" else None
+    real = load_real(DataConfig(source, root=".", label_column=column))
+    chosen = distill_random(real, [], 1, RandomConfig(), 0, plan, Run(None))
+    notes = export_set(chosen, "ddranking", tmp_path / "out")
+    own = (chosen.manifest.normalization.mean, chosen.manifest.normalization.std)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in DDRANKING_CONSTANTS.get(known, own))
+    images = torch.load(tmp_path / "out" / "images.pt", weights_only=True)
+    assert torch.allclose(images * std + mean, chosen.images[chosen.labels.argsort()] / 255, atol=1e-5)
+    assert (f"which its evaluator has for {known}" if known else f"for {real.name!r} is not known here") in notes[1]
+    assert any("sorted WordNet ids" in note for note in notes) == (known == "tiny-imagenet")
 
 
 def test_a_folder_that_holds_something_is_left_alone_and_a_failed_export_leaves_nothing(
@@ -922,6 +1044,23 @@ def test_the_command_line_imports_and_exports(tmp_path: Path, capsys: pytest.Cap
     assert sorted(positions_of(load_distilled(tmp_path / "back"))) == [0, 1, 2, 3]
     assert cli.main(["export", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "folder"]) == 1
     assert "holds something already" in capsys.readouterr().err
+
+
+def test_an_import_leaves_a_folder_that_holds_something_alone_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_toy_npz(tmp_path / "toy.npz")
+    root = write_folder(tmp_path / "set", tuple(name.replace("/", "-") for name in TOY_COLOURS))
+    words = ["import", str(root), "--data.source", str(source)]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "imported").mkdir()
+    assert cli.main(words) == 0  # an empty folder is as good as none
+    first = (tmp_path / "imported" / "manifest.json").read_bytes()
+    monkeypatch.setattr(cli, "import_set", lambda *_: pytest.fail("worked before it looked"))
+    capsys.readouterr()
+    assert cli.main([*words, "--method", "other"]) == 1
+    assert "import: --out imported holds something already; give a new or empty folder" in capsys.readouterr().err
+    assert (tmp_path / "imported" / "manifest.json").read_bytes() == first
 
 
 def test_a_set_of_other_teachers_in_infers_layout_says_that_its_compensators_were_not_read(

@@ -22,7 +22,7 @@ LAYERS = (
     ("manifest", "images", "run", "softlabels"),
     ("artifact", "card", "data", "logits"),
     ("distilled", "train"),
-    ("teachers", "replay", "infer_files", "classnames"),
+    ("teachers", "replay", "infer_files", "classnames", "layouts"),
     ("labels", "methods.select", "methods.recover", "exchange", "export"),
     ("methods.infer", "methods.pixels", "methods.coreset", "methods.rded", "students"),
     ("methods.sre2l", "methods.gvbsm"),

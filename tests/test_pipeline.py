@@ -394,3 +394,17 @@ def test_a_set_of_other_weights_is_refused_whether_its_folder_is_there_or_not(
         pytest.raises(StillroomError, match=r"distilled' was made with other teachers' weights; give another"),
     ):
         pipeline.distill_recipe(finished.recipe, run, real, other, resolve_plan(finished.recipe.compute))
+
+
+def test_a_set_that_was_put_in_the_place_of_the_run_s_own_is_refused(
+    finished: Finished, toynet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its students were trained on the other one: relabelled in place, say."""
+    shutil.copytree(finished.directory, tmp_path / "run")
+    monkeypatch.setenv("STILLROOM_CACHE", str(finished.directory.parent / "cache"))
+    folder = tmp_path / "run" / "distilled"
+    distilled = load_distilled(folder)
+    assert distilled.soft_labels is not None
+    distilled.with_labels(-distilled.soft_labels).save(folder)
+    with Run(tmp_path / "run") as run, pytest.raises(StillroomError, match=r"the labels in .* are not those that this"):
+        run_recipe(finished.recipe, run, "toy")

@@ -19,10 +19,23 @@ def test_every_protocol_is_named_and_its_students_bear_its_name_whatever_their_n
     for name in PROTOCOLS:
         for size in (28, 32, 64, 224):
             student = protocol_student(name, size)
-            assert name_protocol(student, size) == name
-            assert name_protocol(replace(student, network="convnet", measure_every_epochs=5), size) == name
+            own = (PROTOCOLS[name].labels, PROTOCOLS[name].teachers or ("resnet18", "convnet"))
+            assert name_protocol(student, size, *own) == name
+            assert name_protocol(replace(student, network="convnet", measure_every_epochs=5), size, *own) == name
             for change in ({"temperature": 3.0}, {"dynamic_epochs": 7}, {"train": replace(student.train, epochs=7)}):
-                assert name_protocol(replace(student, **change), size) == "own"
+                assert name_protocol(replace(student, **change), size, *own) == "own"
+
+
+def test_other_labels_or_labellers_than_a_protocol_s_are_not_called_by_its_name() -> None:
+    student = protocol_student("unified", 32)
+    for labels, labellers, expected in (
+        (("dynamic",), ("resnet18",), "unified"),
+        (("hard", "replayed"), ("resnet18",), "unified"),
+        (("hard",), (), "unified"),
+        (("static",), ("resnet18",), "own"),
+        (("dynamic",), ("resnet18", "convnet"), "own"),
+    ):
+        assert name_protocol(student, 32, labels, labellers) == expected
 
 
 def test_the_unified_protocol_is_what_its_paper_says() -> None:
@@ -39,7 +52,7 @@ def test_the_papers_recipes_and_the_laptop_s_have_the_students_of_their_protocol
         size = {"tiny-imagenet": 64, "imagenet": 224}.get(recipe.data.source, 32)
         known = {"infer": "paper", "laptop": "laptop", "small": "laptop"}
         expected = known.get(name.partition("-")[0], "own")  # digits, and other methods' own protocols
-        assert name_protocol(recipe.student, size) == expected
+        assert name_protocol(recipe.student, size, recipe.labels, recipe.teachers.networks) == expected
 
 
 def test_a_protocol_that_differs_by_image_size_asks_for_it() -> None:

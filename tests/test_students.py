@@ -371,7 +371,7 @@ def test_a_finished_student_is_never_trained_again(
     config = StudentConfig(toynet, PLAIN)
     with Run(tmp_path / "run") as run:
         first = evaluate(distilled, toy, config, (0, 1), plan, run)
-    monkeypatch.setattr(students, "train_student", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(students, "train_student", lambda *_, **__: pytest.fail("trained again"))
     with Run(tmp_path / "run") as run:
         assert evaluate(distilled, toy, config, (0, 1), plan, run) == first
 
@@ -410,3 +410,25 @@ def test_epochs_are_counted_in_views_so_that_an_incomplete_batch_costs_nobody(
 ) -> None:
     control = distill_random(toy, [], images // TOY_CLASSES, RandomConfig(), 0, plan, Run())
     assert steps_for(control, replace(PLAIN, epochs=epochs, batch_size=batch)) == steps
+
+
+def test_finished_students_are_not_taken_for_those_of_other_labellers_or_other_labels(
+    toy: RealData, toy_teachers: list[Teacher], plan: Plan, tmp_path: Path
+) -> None:
+    config = StudentConfig("convnet_thin", replace(MIXED, epochs=1, batch_size=8), dynamic_epochs=1)
+    plain = distill_random(toy, [], 2, RandomConfig(), 0, plan, Run())
+    first, second = toy_teachers
+
+    def train(run: Run, kind: str, teacher: Teacher) -> None:
+        labelled = attach_labels(plain, kind, [teacher], plan, Run())
+        evaluate(labelled, toy, config, (0,), plan, run, teachers=[teacher], total_steps=1, cell=kind)
+
+    for kind in ("static", "dynamic"):
+        with Run(tmp_path / kind) as run:
+            train(run, kind, first)
+            train(run, kind, first)
+            with pytest.raises(StillroomError, match="was trained on another set, or labelled by other teachers'"):
+                train(run, kind, second)
+    with Run(tmp_path / "hard") as run:  # of which no teacher knows
+        train(run, "hard", first)
+        train(run, "hard", second)

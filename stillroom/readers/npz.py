@@ -86,7 +86,8 @@ def _to_levels(images: np.ndarray, where: str) -> np.ndarray:
     if not (levels.min() >= 0 and levels.max() <= 255):
         raise StillroomError(
             f"{where} has floats from {images.min():.3g} to {images.max():.3g}, but floats must lie in [0, 1]. Undo "
-            "their normalisation (images * std + mean), or divide them by 255 if they lie in 0 ... 255."
+            "their normalisation (images * std + mean), or divide them by 255 if they lie in 0 ... 255; views that "
+            "their set did not cut (clip is false) are cut by images.clip(0, 1), or by an export --to folder."
         )
     return levels.astype(np.uint8)
 
