@@ -1,9 +1,10 @@
-"""Real datasets: what is known of the named ones, and one front door that turns files, folders, parquet and npz into
+"""Real datasets: what is known of the named ones, and one front door that turns folders, parquet, shards and npz into
 a `RealData`: two splits of square uint8 colour images with labels 0 ... C-1.
 
     load_real(DataConfig("digits"))                                  # scikit-learn's, needs no download
     load_real(DataConfig("cifar100", root="data"))                   # data/cifar100.npz, or parquet, or pickles
     load_real(DataConfig("photos/", image_size=64, resize="crop"))   # photos/train/<class>/*, photos/test/<class>/*
+    load_real(DataConfig("shards/", image_size=224, resize="crop"))  # shards/train-000000.tar, shards/val-000000.tar
     load_real(DataConfig("owner/name"))                              # parquet on the Hugging Face Hub
 """
 
@@ -46,7 +47,7 @@ class DataConfig:
     """A name (digits, cifar10, cifar100, tiny-imagenet, imagenet), a path, or a Hub id "owner/name" (also
     "hf://owner/name"). A name wins over a path of the same spelling; "./digits" is the path."""
     root: str = "data"
-    """Folder where named datasets are looked for: <name>.npz, <name>/ (parquet or class folders) or torchvision's."""
+    """Folder where named datasets are looked for: <name>.npz, <name>/ (folders, parquet, shards) or as published."""
     image_size: int | None = None
     """Side of the images in pixels. None: the named dataset's, or else the short side of the first training image."""
     resize: Resize = "refuse"
@@ -243,7 +244,7 @@ def _load(config: DataConfig) -> RealData:
         test_split = source.train
     elif test_split is None:
         raise StillroomError(
-            f"--data.source {config.source} has no test split. Add a folder, or parquet files, named "
+            f"--data.source {config.source} has no test split. Add a folder, or parquet files or shards, named "
             f"{', '.join(readers.TEST_SPLITS[:-1])} or {readers.TEST_SPLITS[-1]}, or hold training images out with "
             "--data.holdout-per-class N."
         )
@@ -325,7 +326,7 @@ def _open_named(name: str, config: DataConfig) -> Source:
     npz, folder, original = root / f"{name}.npz", root / name, root / (facts.folder or name)
     if npz.is_file():
         return _read_path(npz, facts, config)
-    if folder.is_dir() and ((folder / "train").is_dir() or readers.find_parquet(folder)):
+    if folder.is_dir() and readers.find_layout(folder) is not None:
         return _read_path(folder, facts, config)
     if name in readers.CIFAR_PICKLES:
         if config.download and not original.is_dir():
@@ -336,7 +337,7 @@ def _open_named(name: str, config: DataConfig) -> Source:
         return _read_path(original, facts, config)
     fix = "Pass --data.download to fetch it" if name in readers.CIFAR_PICKLES else "Fetch and unpack it yourself"
     raise StillroomError(
-        f"{name} was not found: looked for {npz}, {folder}/ (parquet or train/<class>/) and {original}/. "
+        f"{name} was not found: looked for {npz}, {folder}/ (train/<class>/, parquet or shards) and {original}/. "
         f"{fix}, or say where it is with --data.root."
     )
 
@@ -348,16 +349,21 @@ def _read_path(path: Path, facts: Facts | None, config: DataConfig) -> Source:
             return readers.read_npz(path, config.memory_limit_gib * 2**30, with_test)
         if path.suffix == ".parquet":
             return _read_parquet(path, facts, config)
-        raise StillroomError(f"--data.source {path} is neither .npz nor .parquet, nor a folder, as shards need.")
-    if (path / "wnids.txt").is_file() and (path / "train").is_dir():
-        return readers.read_tiny_imagenet(path, with_test)
-    # Looked for only where there is no class folder, since a large image folder takes long to search.
-    has_classes = (path / "train").is_dir() and not any((path / "train").glob("*.parquet"))
-    if not has_classes and readers.find_parquet(path):
-        return _read_parquet(path, facts, config)
-    if not (path / "train").is_dir():
-        raise readers.no_train_folder(path)
-    return readers.read_folder(path, _test_splits(facts), with_test)
+        fix = " Give the folder that the shards are in." if path.suffix == ".tar" else ""
+        raise StillroomError(f"--data.source {path} is neither .npz nor .parquet, nor a folder.{fix}")
+    match readers.find_layout(path):
+        case "tiny-imagenet":
+            return readers.read_tiny_imagenet(path, with_test)
+        case "ilsvrc":
+            return readers.read_ilsvrc(path, with_test)
+        case "class folders":
+            return readers.read_folder(path, _test_splits(facts), with_test)
+        case "parquet":
+            return _read_parquet(path, facts, config)
+        case "shards":
+            return readers.read_shards(path, _test_splits(facts), with_test)
+        case None:
+            raise readers.no_train_folder(path)
 
 
 def _read_parquet(path: Path, facts: Facts | None, config: DataConfig) -> Source:
@@ -454,12 +460,18 @@ def _listed(labels: np.ndarray) -> str:
 
 
 def _require_own_names(class_names: Sequence[str], source: str) -> None:
+    unwritable = [name for name in class_names if name != name.encode(errors="replace").decode()]
+    if unwritable:
+        raise StillroomError(
+            f"--data.source {source} has the class name {unwritable[0]!r}, which UTF-8 cannot write; give it another."
+        )
     repeated = [class_name for class_name, count in Counter(class_names).items() if count > 1]
     if repeated:
         labels = [label for label, class_name in enumerate(class_names) if class_name == repeated[0]]
         raise StillroomError(
             f"--data.source {source} has the class name {repeated[0]!r} for the labels {labels}; give every class a "
-            "name of its own (class_names in an npz file, the names of a parquet file's ClassLabel, words.txt)."
+            "name of its own (class_names in an npz file, the names of a parquet file's ClassLabel, words.txt, "
+            "classes.txt beside shards)."
         )
 
 

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from stillroom.errors import StillroomError
-from stillroom.readers import ArrayImages, Split, Stored
+from stillroom.readers import ArrayImages, Span, Split, Stored
 
 Resize = Literal["refuse", "squash", "crop"]
 Triple = tuple[float, float, float]
@@ -171,9 +171,11 @@ def _pillow_warnings() -> Iterator[None]:
         yield
 
 
-def _open_image(item: Path | bytes | np.ndarray | None) -> Image.Image:
+def _open_image(item: Path | Span | bytes | np.ndarray | None) -> Image.Image:
     if item is None:
         raise ValueError("no bytes are stored")
+    if isinstance(item, Span):
+        item = item.read()
     if isinstance(item, np.ndarray):
         return Image.fromarray(item[..., 0] if item.shape[-1] == 1 else item)
     return Image.open(item if isinstance(item, Path) else io.BytesIO(item), formats=FORMATS)

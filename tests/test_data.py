@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from stillroom import distill, load_distilled
 from stillroom.data import (
     CIFAR100,
     FACTS,
@@ -628,6 +629,32 @@ def test_class_names_come_from_the_hubs_metadata_or_from_sorted_string_labels(tm
     assert real.train.labels.tolist() == [1, 0, 1]
     encoded = pa.array(["dog", "cat", "dog"]).dictionary_encode()
     assert load(parquet_pair(tmp_path / "dictionary", encoded)).class_names == ("cat", "dog")
+
+
+ODD_NAMES = ("cat/dog", "../x", "/etc/passwd", "a b", "süß 日本", "C:\\CON", "..", "line\nbreak", "{}%s", "-rf *")
+
+
+@pytest.mark.parametrize("labels", ["numbers", "strings"])
+def test_class_names_of_any_kind_name_classes_and_never_files(tmp_path, labels):
+    numbers, names = np.arange(20) % 10, sorted(ODD_NAMES)
+    if labels == "numbers":
+        parquet_pair(tmp_path / "data", numbers, names=names)
+    else:
+        parquet_pair(tmp_path / "data", [names[n] for n in numbers])
+    real = load(tmp_path / "data")
+    assert real.class_names == tuple(names)
+    assert real.train.labels.tolist() == numbers.tolist()
+    distill("random", real, [], ipc=2, labels="hard").save(tmp_path / "set")
+    assert load_distilled(tmp_path / "set").manifest.class_names == tuple(names)
+    made = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    images = next((tmp_path / "set").glob("images-*.parquet")).name
+    files = ("README.md", "contact_sheet.png", images, "manifest.json")
+    assert made == ["data", "data/test.parquet", "data/train.parquet", "set", *(f"set/{name}" for name in files)]
+
+
+def test_a_class_name_that_utf_8_cannot_write_is_refused(tmp_path):
+    with pytest.raises(StillroomError, match=r"data has the class name '\\ud800', which UTF-8 cannot write"):
+        load(parquet_pair(tmp_path / "data", [0, 1], names=["cat", "\ud800"]))
 
 
 def test_ambiguous_or_unfit_columns_are_listed_and_can_be_named(tmp_path):

@@ -14,7 +14,11 @@ PACKAGE = Path(stillroom.__file__).parent
 # From the ground up. A module imports from lower lines alone, never from its own line.
 LAYERS = (
     ("errors",),
-    ("files", "compute", "networks", "augment", "readers", "settings", "render", "paper", "scores", "muon"),
+    ("files", "compute", "networks", "augment", "settings", "render", "paper", "scores", "muon"),
+    ("readers.stored", "readers.listing"),
+    ("readers.digits", "readers.npz", "readers.cifar", "readers.folders", "readers.parquet", "readers.tar"),
+    ("readers.ilsvrc", "readers.tiny_imagenet", "readers.shards"),
+    ("readers",),
     ("manifest", "images", "run", "softlabels"),
     ("artifact", "card", "data", "logits"),
     ("distilled", "train"),

@@ -1,0 +1,232 @@
+"""Parquet files, as on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stillroom.errors import StillroomError
+from stillroom.readers.listing import TEST_SPLITS, choose_splits, find_files
+from stillroom.readers.stored import Source, Split
+
+
+@contextmanager
+def _reading_parquet(path: Path) -> Iterator[None]:
+    """A damaged file makes pyarrow raise its own errors, OSError, or UnicodeDecodeError from a column's name."""
+    try:
+        yield
+    except StillroomError:
+        raise
+    except Exception as error:
+        raise StillroomError(f"{path} cannot be read as parquet: {error}. Fetch the file again.") from error
+
+
+@dataclass(frozen=True, eq=False)
+class ParquetImages:
+    """One encoded image per row. A row group is the smallest piece that parquet can read: each is read once per
+    `fetch`, and the last one is kept, so reading in order costs one pass and shuffled reading costs a group per image
+    at worst (an image folder is faster there).
+
+    `groups` has a (file, row group) pair for each row group; `starts` int64 [groups + 1] is the first row of each.
+    """
+
+    column: str
+    groups: tuple[tuple[Path, int], ...]
+    group_bytes: tuple[int, ...]
+    starts: np.ndarray
+    _last: dict[int, Any] = field(default_factory=dict, repr=False)
+
+    def _group_of(self, rows: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
+    def name(self, index: int) -> str:
+        group = int(self._group_of(np.asarray(index)))
+        path = self.groups[group][0]
+        first = next(g for g, (other, _) in enumerate(self.groups) if other == path)
+        return f"{path} row {index - int(self.starts[first])}"
+
+    def _cells(self, group: int) -> Any:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        if group not in self._last:
+            path, number = self.groups[group]
+            with _reading_parquet(path), pq.ParquetFile(path) as file:
+                cells = file.read_row_group(number, columns=[self.column]).column(0)
+            if pa.types.is_struct(cells.type):
+                cells = pc.struct_field(cells, "bytes")
+            self._last.clear()
+            self._last[group] = cells
+        return self._last[group]
+
+    def fetch(self, indices: np.ndarray) -> Sequence[bytes | None]:
+        groups = self._group_of(indices)
+        items: list[bytes | None] = [None] * len(indices)
+        for group in np.unique(groups):
+            cells = self._cells(int(group))
+            for position in np.flatnonzero(groups == group):
+                items[position] = cells[int(indices[position] - self.starts[group])].as_py()
+        return items
+
+    def stored_bytes(self, indices: np.ndarray) -> int:
+        """The image column's compressed bytes, from the footers; a row group used in part counts in proportion."""
+        used = np.bincount(self._group_of(indices), minlength=len(self.groups))
+        rows = np.maximum(np.diff(self.starts), 1)
+        return round(sum(size * int(u) / int(n) for size, u, n in zip(self.group_bytes, used, rows, strict=True)))
+
+    def identity(self, indices: np.ndarray) -> Iterable[str]:
+        files = dict.fromkeys(path for path, _ in self.groups)
+        yield from (f"{path.name} {path.stat().st_size}" for path in files)
+        yield from map(str, indices)
+
+
+def find_parquet(root: Path) -> list[Path]:
+    """The parquet files of a folder, at most two folders deep (the Hub's `data/` and `<config>/<split>/`), sorted."""
+    return find_files(root, "*.parquet")
+
+
+def _image_column(schema: Any, wanted: str | None, where: Path) -> str:
+    import pyarrow as pa
+
+    def is_binary(kind: Any) -> bool:
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+    def holds_images(kind: Any) -> bool:
+        if pa.types.is_struct(kind):
+            index = kind.get_field_index("bytes")
+            return index >= 0 and is_binary(kind.field(index).type)
+        return is_binary(kind)
+
+    return _choose(
+        "image", wanted, [f.name for f in schema if holds_images(f.type)], ("img", "image"), True, schema, where
+    )
+
+
+def _label_column(schema: Any, wanted: str | None, usual: str | None, where: Path) -> str:
+    import pyarrow as pa
+
+    def holds_labels(kind: Any) -> bool:
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+    fitting = [f.name for f in schema if holds_labels(f.type)]
+    if wanted is None and usual in fitting:
+        wanted = usual
+    # A lone integer column may as well be a row number, so a label column is never chosen by its type alone.
+    return _choose("label", wanted, fitting, ("label", "labels", "fine_label"), False, schema, where)
+
+
+def _choose(
+    kind: str, wanted: str | None, fitting: list[str], usual: Sequence[str], by_type: bool, schema: Any, where: Path
+) -> str:
+    columns = ", ".join(f"{f.name} ({f.type})" for f in schema)
+    accepted = "binary, or a struct with binary 'bytes'" if kind == "image" else "integer or string"
+    named = [name for name in fitting if name in usual]
+    chosen = [wanted] if wanted is not None else named if named or not by_type else fitting
+    if len(chosen) != 1 or fitting.count(chosen[0]) != 1:
+        held = "each image's file (PNG, JPEG, ...)" if kind == "image" else "each image's class"
+        only = f" {fitting[0]}" if len(fitting) == 1 else ""
+        fix = f"Name one with --data.{kind}-column{only}." if fitting else f"Add one that holds {held}."
+        reason = f"{len(chosen)} candidates for the {kind} column" if fitting else f"no {kind} column"
+        if fitting and not chosen:
+            reason = f"no column named {', '.join(usual[:-1])} or {usual[-1]}, as {kind} columns must be,"
+        reason = reason if wanted is None else f"no {kind} column '{wanted}'"
+        raise StillroomError(f"{where} has {reason} of type {accepted}. Its columns: {columns}. {fix}")
+    return chosen[0]
+
+
+def _hub_class_names(schema: Any, label_column: str) -> tuple[str, ...] | None:
+    """Names of a ClassLabel column, from the JSON that the `datasets` library leaves in the parquet schema."""
+    try:
+        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label_column]
+        names = feature["names"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return tuple(names) if isinstance(names, list) and all(isinstance(n, str) for n in names) else None
+
+
+def read_parquet(
+    path: Path,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    usual_label_column: str | None = None,
+    test_splits: Sequence[str] = TEST_SPLITS,
+    with_test: bool = True,
+) -> Source:
+    """A folder of parquet files, as on the Hugging Face Hub, or one file, which then is the training split. Images are
+    encoded (PNG, JPEG, ...), in a binary column or a struct with `bytes`. Labels are integers, or strings, whose sorted
+    training values are the classes."""
+    import pyarrow.parquet as pq
+
+    train_files, test_files = [path], list[Path]()
+    if path.is_dir():
+        train_files, test_files = choose_splits(path, find_parquet(path), test_splits, with_test)
+        if not train_files:
+            raise StillroomError(
+                f"{path} has no parquet file with 'train' in its name; expected e.g. train-00000-of-00001.parquet."
+            )
+    with _reading_parquet(train_files[0]):
+        schema = pq.read_schema(train_files[0])
+        image_column = _image_column(schema, image_column, train_files[0])
+        label_column = _label_column(schema, label_column, usual_label_column, train_files[0])
+
+    def split(files: list[Path]) -> tuple[ParquetImages, list[Any]]:
+        groups: list[tuple[Path, int]] = []
+        group_bytes: list[int] = []
+        rows: list[int] = [0]
+        labels: list[Any] = []
+        for path in files:
+            with _reading_parquet(path), pq.ParquetFile(path) as file:
+                _image_column(file.schema_arrow, image_column, path)
+                _label_column(file.schema_arrow, label_column, None, path)
+                for number in range(file.num_row_groups):
+                    meta = file.metadata.row_group(number)
+                    chunks = [meta.column(c) for c in range(meta.num_columns)]
+                    groups.append((path, number))
+                    group_bytes.append(
+                        sum(c.total_compressed_size for c in chunks if _belongs(c.path_in_schema, image_column))
+                    )
+                    rows.append(meta.num_rows)
+                found = file.read(columns=[label_column]).column(0).to_pylist()
+            if None in found:
+                raise StillroomError(
+                    f"{path} row {found.index(None)} has no '{label_column}'; give it a label or remove the row."
+                )
+            labels += found
+        return ParquetImages(image_column, tuple(groups), tuple(group_bytes), np.cumsum(rows)), labels
+
+    train_images, train_labels = split(train_files)
+    test_images, test_labels = split(test_files) if test_files else (None, [])
+    names = _hub_class_names(schema, label_column)
+    if any(isinstance(label, str) for label in train_labels):
+        names = tuple(sorted(set(map(str, train_labels))))
+        train_labels = _numbered(train_labels, names, train_files[0].parent)
+        test_labels = _numbered(test_labels, names, (test_files or train_files)[0].parent)
+    train = Split(train_images, _integers(train_labels, train_files[0]))
+    return Source(train, Split(test_images, _integers(test_labels, test_files[0])) if test_images else None, names)
+
+
+def _belongs(path_in_schema: str, column: str) -> bool:
+    return path_in_schema == column or path_in_schema.startswith(f"{column}.")
+
+
+def _numbered(labels: list[Any], names: tuple[str, ...], where: Path) -> list[int]:
+    label_of = {name: label for label, name in enumerate(names)}
+    unknown = next((label for label in labels if label not in label_of), None)
+    if unknown is not None:
+        raise StillroomError(f"{where} has the test label {unknown!r}, which the training split lacks.")
+    return [label_of[label] for label in labels]
+
+
+def _integers(labels: list[Any], where: Path) -> np.ndarray:
+    odd = next((label for label in labels if not isinstance(label, int) or not -(2**63) <= label < 2**63), None)
+    if odd is not None:
+        raise StillroomError(f"{where} has the label {odd!r}; labels must be integers 0 ... C-1 in both splits.")
+    return np.array(labels, np.int64)
