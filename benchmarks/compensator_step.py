@@ -27,7 +27,7 @@ from measure import (
     build_plan,
     cosine,
     describe_times,
-    matmul_peak,
+    multiply_peak,
     peak_memory,
     run_steps,
     time_interleaved,
@@ -152,7 +152,7 @@ def measure_network(name: str, real: RealData, arguments: argparse.Namespace) ->
         seconds = row.get("compile_seconds")
         eager = per_slot_median(times, ours, label.replace("-compiled", "-eager"), baseline)
         switches[label]()
-        peak = matmul_peak(plan.device, dtype)
+        peak = multiply_peak(plan.device, dtype)
         described = describe_times(times[label], baseline, len(images), gflop, peak, row["memory"], slots)
         milliseconds = described["milliseconds"]
         rows[label] = {

@@ -27,7 +27,7 @@ from measure import (
     build_plan,
     cosine,
     describe_times,
-    matmul_peak,
+    multiply_peak,
     peak_memory,
     run_steps,
     time_interleaved,
@@ -198,7 +198,7 @@ def measure(method: str, name: str, real: RealData, arguments: argparse.Namespac
         slots = 1 if label == "published" else ours[label].slots
         dtype = torch.float32 if label == "published" else plans[label].dtype
         before[label]()
-        peak = matmul_peak(plan.device, dtype)
+        peak = multiply_peak(plan.device, dtype)
         rows[label] = {
             "method": method,
             "network": name,

@@ -25,7 +25,7 @@ from measure import (
     build_plan,
     cosine,
     describe_times,
-    matmul_peak,
+    multiply_peak,
     peak_memory,
     run_steps,
     time_interleaved,
@@ -171,7 +171,7 @@ def measure_network(name: str, real: RealData, arguments: argparse.Namespace) ->
     rows = []
     for label, its_times in times.items():
         before[label]()
-        peak = matmul_peak(plan.device, torch.float32 if label == "common" else plans[label].dtype)
+        peak = multiply_peak(plan.device, torch.float32 if label == "common" else plans[label].dtype)
         described = describe_times(its_times, baseline, batch, gflop, peak, facts[label]["memory"])
         milliseconds = described["milliseconds"]
         eager = statistics.median(times.get(label.replace("-compiled", "-eager"), times["common"]))

@@ -310,7 +310,7 @@ def evaluate_command(words: list[str]) -> int:
     with Run(command.out, time_limit=parse_duration(command.time_limit)) as run, run.stop_on_signals():
         plan = resolve_plan(command.compute, run.notice)
         real = load_real(command.data)
-        check_matches(distilled, real)
+        check_matches(distilled, real, held_out=command.data.holdout_per_class > 0)
         kept = {k: v for k, v in asdict(command).items() if k in ("data", "student", "labels", "pool", "teachers")}
         settings = bound_settings(kept, real)
         settings["distilled"] = {role: facts.sha256 for role, facts in distilled.manifest.files.items()}
@@ -443,7 +443,7 @@ def parse_recipe(name: str, words: list[str], kind: type[Command]) -> Command | 
     command = parse_words(kind, name, words, kind(recipe, read_config(words, preset)))
     if command.protocol is not None:
         with reading_words():
-            settings = _recipe_under_protocol(preset, command.protocol, command.settings.data)
+            settings = _recipe_under_protocol(preset, command.protocol, command.settings)
         command = parse_words(kind, name, words, kind(recipe, read_config(words, settings)))
     parse_duration(command.time_limit)
     if command.recipe != recipe:
@@ -473,12 +473,15 @@ def _check_said_once(comparison: Comparison, preset: Recipe) -> None:
         raise UsageError(f"--ipc {comparison.ipc} is not looked at beside --grid.ipc; name it there")
 
 
-def _recipe_under_protocol(recipe: Recipe, name: ProtocolName, data: DataConfig) -> Recipe:
-    """Return the recipe with the protocol's students and labels, its own teachers kept: they make the set, too."""
+def _recipe_under_protocol(recipe: Recipe, name: ProtocolName, given: Recipe) -> Recipe:
+    """Return the recipe with the protocol's students and labels, its own teachers kept: they make the set, too.
+
+    given: the recipe with what the user gave besides, which says what data and teachers there are.
+    """
+    data, protocol = given.data, PROTOCOLS[name]
     size = data.image_size or (FACTS[data.source].image_size if data.source in FACTS else None)
-    protocol = PROTOCOLS[name]
     labelled_by = recipe.labelled_by
-    if protocol.teachers and set(protocol.teachers) <= set(recipe.teachers.networks):
+    if protocol.teachers and set(protocol.teachers) <= set(given.teachers.networks):
         labelled_by = protocol.teachers
     elif protocol.teachers:
         print(
@@ -487,7 +490,11 @@ def _recipe_under_protocol(recipe: Recipe, name: ProtocolName, data: DataConfig)
             file=sys.stderr,
         )
     return dataclasses.replace(
-        recipe, student=protocol_student(name, size), labels=protocol.labels, labelled_by=labelled_by
+        recipe,
+        teachers=given.teachers,
+        student=protocol_student(name, size),
+        labels=protocol.labels,
+        labelled_by=labelled_by,
     )
 
 

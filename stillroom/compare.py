@@ -118,7 +118,7 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
         comparison, run, lambda real: entries.extend(check_grid(comparison, real)), shared_settings, tuple(METHODS)
     )
     made_by = provenance(plan)
-    needed = any(entry.recipe.needs_teachers for entry in entries)
+    needed = any(entry.needs_teachers for entry in entries)
     teachers = load_teachers(real, comparison.teachers, plan, run) if needed else []
     references = measure_references(comparison, real, plan, run)
     work = Work(comparison, real, teachers, plan, run, references, comparison.student, comparison)
@@ -392,7 +392,7 @@ def paper_number(entry: Entry, labels: str, student: StudentConfig, real: RealDa
     """
     method, recipe = entry.recipe.method, replace(entry.recipe, student=student)
     variant = variant_of(recipe)
-    if entry.folder is not None or (entry.name != method and variant == method):
+    if entry.folder is not None:
         return None
     recipe = replace(recipe, infer=replace(recipe.infer, teachers=None), labelled_by=None)
     for dataset in FACTS:

@@ -75,7 +75,7 @@ def estimate_comparison(comparison: Comparison) -> tuple[list[Stage], list[str]]
     notes: list[str] = []
     real, plan = _open(comparison, notes)
     entries = check_grid(comparison, real)
-    needed = any(entry.recipe.needs_teachers for entry in entries)
+    needed = any(entry.needs_teachers for entry in entries)
     stages = _teacher_stages(comparison, real, plan, notes) if needed else []
     known: set[Training] = set()
     made: set[str] = set()

@@ -126,11 +126,12 @@ def choose_loss(config: StudentConfig, kind: str) -> Callable[[Tensor, Tensor], 
     return functools.partial(mse_hard_loss, hard_weight=config.hard_weight)
 
 
-def check_matches(distilled: DistilledSet, real: RealData) -> None:
-    """Raise StillroomError where the set's classes, their order, image size or resize rule are not the real data's.
+def check_matches(distilled: DistilledSet, real: RealData, held_out: bool = False) -> None:
+    """Raise StillroomError where the set's classes, their order, image size, resize rule or flip are not the data's.
 
     A set of images that were not resized (or whose manifest is older than that fact) matches every rule: none changes
-    an image that has its size.
+    an image that has its size. held_out: whether the test split is a part of the training images. Then the set must be
+    made of this very training split, or it could hold what it is tested on.
     """
     names = distilled.manifest.class_names
     if names != real.class_names:
@@ -156,6 +157,18 @@ def check_matches(distilled: DistilledSet, real: RealData) -> None:
         raise StillroomError(
             f"the distilled set was made of images resized by {resize!r}, but {real.name!r} was read by "
             f"{real.resize!r}; give --data.resize {resize}"
+        )
+    if distilled.manifest.dataset.flip != real.flip:
+        flip = "on" if distilled.manifest.dataset.flip else "off"
+        raise StillroomError(
+            f"whether a mirrored image keeps its class is {flip!r} in the distilled set, but not in {real.name!r}, so "
+            f"that its controls would be augmented otherwise; give --data.flip {flip}"
+        )
+    if held_out and distilled.manifest.dataset.fingerprint != real.fingerprint:
+        raise StillroomError(
+            f"the distilled set was made of other training images than these of {real.name!r}, so that it may hold "
+            "images that are held out for the test; give the same --data settings as for the set, or leave "
+            "--data.holdout-per-class out"
         )
 
 
