@@ -13,6 +13,7 @@ is marked in the table and does not lose the others.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from stillroom.distilled import DistilledSet, count_bytes, load_distilled
 from stillroom.errors import StillroomError
 from stillroom.files import write_atomic, write_json
 from stillroom.grid import Comparison, Entry, check_grid, set_name, slug
+from stillroom.manifest import LabelKind
 from stillroom.methods import METHODS
 from stillroom.networks import penultimate_features
 from stillroom.paper import PAPER
@@ -46,7 +48,7 @@ from stillroom.pipeline import (
 from stillroom.protocols import name_protocol
 from stillroom.recipes import EXPECTED, RECIPES, Recipe
 from stillroom.render import FORMATS, caption_of, records_of, table_of, to_csv
-from stillroom.run import Run
+from stillroom.run import Run, Task
 from stillroom.scores import (
     augmentation_robust_score,
     hard_label_recovery,
@@ -109,7 +111,7 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
     Raises StillroomError with the list of all cells that cannot be, before any work; a cell that fails later is among
     the results, with its message.
     """
-    if run.directory is None:
+    if (directory := run.directory) is None:
         raise StillroomError("a comparison needs a run directory to keep its sets; give one with --out")
     entries: list[Entry] = []
     real, plan = open_stages(
@@ -133,13 +135,21 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
         "provenance": made_by,
         "settings": asdict(comparison),
     }
-    for entry in entries:
-        for row in compare_entry(entry, work):
-            results["rows"].append(row)
+    rows: dict[tuple[int, int], dict[str, Any]] = {}  # by the numbers of the entry and of its row
+
+    def fill(number: int) -> None:
+        for place, row in compare_entry(entries[number], work):
+            if (number, place) in rows:  # of an entry that was put off, read back
+                continue
+            rows[number, place] = row
+            results["rows"] = [rows[key] for key in sorted(rows)]
             run.event("row", **row)
-            write_tables(results, run.directory)
+            write_tables(results, directory)
             if not run.show:  # where there are no bars, in a file say
                 print(say_row(row), file=sys.stderr, flush=True)
+
+    for _ in run.in_any_order([functools.partial(fill, number) for number in range(len(entries))]):
+        pass
     return results
 
 
@@ -182,9 +192,9 @@ def measure_references(comparison: Comparison, real: RealData, plan: Plan, run: 
     return found
 
 
-def compare_entry(entry: Entry, work: Work) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one distilled set: one for each student and kind of label."""
-    students, kinds = work.students, entry.recipe.labels
+def compare_entry(entry: Entry, work: Work) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of one distilled set, one for each student and kind of label, with their places among them."""
+    asked = [(student, labels) for student in work.students for labels in entry.recipe.labels]
     try:
         distilled, seconds = make_set(entry, work)
         random = None
@@ -193,26 +203,27 @@ def compare_entry(entry: Entry, work: Work) -> Iterator[dict[str, Any]]:
             random, _ = make_set(Entry("random", entry.budget_ipc, control), work)
         duplication = measure_duplication(distilled, work)
     except FAILURES as error:
-        yield from (_failed(entry, student, labels, error, work) for student in students for labels in kinds)
+        yield from enumerate(_failed(entry, student, labels, error, work) for student, labels in asked)
         return
-    for student in students:
-        for labels in kinds:
-            # No random images have learned labels, to compare by.
-            scored = labels not in ("hard", "learned") and student.network in work.references
-            recipe = replace(entry.recipe, student=student, labels=("hard", labels) if scored else (labels,))
-            own = replace(work, student=student, recipe=recipe)
-            try:
-                cells = build_cells(
-                    recipe, distilled, work.real, work.teachers, work.plan, work.run, slug(entry.name), random
-                )
-                row = compare_cell(entry, distilled, labels, cells, own)
-                if scored:
-                    row["scores"] = score_cell(labels, cells, own)
-            except FAILURES as error:
-                yield _failed(entry, student, labels, error, work)
-                continue
-            row["seconds"]["distil"] = seconds
-            yield row | {"duplication": duplication}
+
+    def compare_labels(student: StudentConfig, labels: LabelKind) -> dict[str, Any]:
+        # No random images have learned labels, to compare by.
+        scored = labels not in ("hard", "learned") and student.network in work.references
+        recipe = replace(entry.recipe, student=student, labels=("hard", labels) if scored else (labels,))
+        own = replace(work, student=student, recipe=recipe)
+        try:
+            cells = build_cells(
+                recipe, distilled, work.real, work.teachers, work.plan, work.run, slug(entry.name), random
+            )
+            row = compare_cell(entry, distilled, labels, cells, own)
+            if scored:
+                row["scores"] = score_cell(labels, cells, own)
+        except FAILURES as error:
+            return _failed(entry, student, labels, error, work)
+        row["seconds"]["distil"] = seconds
+        return row | {"duplication": duplication}
+
+    yield from work.run.in_any_order([functools.partial(compare_labels, *pair) for pair in asked])
 
 
 def make_set(entry: Entry, work: Work) -> tuple[DistilledSet, float | None]:
@@ -235,6 +246,9 @@ def make_set(entry: Entry, work: Work) -> tuple[DistilledSet, float | None]:
 def compare_cell(entry: Entry, saved: DistilledSet, labels: str, cells: list[Cell], work: Work) -> dict[str, Any]:
     """Return the row of one set, kind of label and student: accuracy, differences to its controls, costs."""
     own = next(cell for cell in cells if not cell.budgets and cell.labels == labels)
+    needed = [cell for cell in cells if not cell.budgets or labels in (kind for _, kind in cell.budgets)]
+    for _ in work.run.in_any_order([functools.partial(work.train, cell) for cell in needed]):
+        pass  # side by side, where there are several workers; from here on they are read back
     result = work.train(own)
     differences = {
         f"{control.set} + {control.labels}, {budget}": _difference(result, work.train(control))
@@ -287,14 +301,16 @@ def measure_duplication(distilled: DistilledSet, work: Work) -> float | None:
         return None
     teacher = work.teachers[0]
     unit = f"duplication-{distilled.fingerprint[:12]}-{teacher.hash[:12]}"
-    if not work.run.unit_done(unit):
-        try:
-            value = feature_duplication(distilled, teacher, work.plan)
-        except StillroomError as error:
-            work.run.notice(f"feature duplication is not measured: {error}")
-            return None
-        work.run.finish_unit(unit, {"duplication": value})
-    return work.run.load_unit(unit)[0]["duplication"]  # type: ignore[no-any-return]
+
+    def make() -> tuple[dict[str, Any], None]:
+        return {"duplication": feature_duplication(distilled, teacher, work.plan)}, None
+
+    try:
+        [(made, _)] = work.run.carry_out([Task(unit, make)])
+    except StillroomError as error:
+        work.run.notice(f"feature duplication is not measured: {error}")
+        return None
+    return made["duplication"]  # type: ignore[no-any-return]
 
 
 def feature_duplication(distilled: DistilledSet, teacher: Teacher, plan: Plan) -> float:
