@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -142,12 +143,12 @@ def test_the_board_tells_each_notice_once_and_none_of_earlier_commands(
 
 # -- with Ray itself -------------------------------------------------------------------------------------------------
 
-WORDS = (  # as one would type them
+WORDS = shlex.split(
     "--teachers.networks convnet_thin --teachers.recipe fast --teachers.epochs 2 --teachers.batch-size 16 --ipc 4 "
     "--infer.steps 40 --infer.shift-limit 1 --labels static --student.network convnet_thin --student.train.epochs 2 "
     "--student.train.batch-size 8 --seeds 0 1 --no-controls --compute.device cpu --compute.precision float32 "
     "--compute.compile off --compute.threads 1 --compute.pack-slots 1"
-).split()  # noqa: SIM905
+)
 
 
 @pytest.fixture(scope="module")
