@@ -13,6 +13,8 @@
 Trained teachers are kept in a cache: --teachers.cache DIR (clean: --cache DIR), or else the environment variable
 STILLROOM_CACHE, or else ~/.cache/stillroom.
 
+Several workers share one run by --engine shared, each the same command, or by --engine ray (docs/cluster.md).
+
 Exit codes: 0 done; 1 could not be done (the message says why); 2 wrong usage; 3 stopped by --time-limit or a signal,
 with everything saved: the same command goes on.
 """

@@ -16,9 +16,9 @@ import pytest
 import torch
 from conftest import Finished
 
+from stillroom import cli, workers
 from stillroom import run as run_module
 from stillroom import teachers as teachers_module
-from stillroom import workers
 from stillroom.compute import Plan
 from stillroom.data import RealData
 from stillroom.errors import StillroomError, TimeLimitReached
@@ -298,3 +298,22 @@ def test_two_processes_make_what_one_makes_though_one_is_killed_in_the_middle(
     assert_same_bits(finished.directory, tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
     assert len(list((tmp_path / "run" / "workers").glob("*.jsonl"))) == 2
+
+
+def test_the_job_array_is_the_same_command_for_every_task(tmp_path: Path) -> None:
+    """The script itself, with an srun that writes down what it is asked to execute."""
+    script = Path(__file__).parents[1] / "examples" / "slurm.sh"
+    srun = tmp_path / "srun"
+    srun.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" "$STILLROOM_CACHE" > {tmp_path}/asked\n')
+    srun.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "3"}
+    del environment["STILLROOM_CACHE"]
+    out = tmp_path / "run"
+    asked = ["bash", str(script), "digits", str(out), "--ipc", "5"]
+    subprocess.run(asked, env=environment, check=True)
+    program, *words, cache = (tmp_path / "asked").read_text().splitlines()
+    assert (program, words[0], cache) == ("stillroom", "run", f"{out}/../teachers")
+    command = cli.parse_recipe("run", words[1:], cli.RecipeCommand)
+    assert command is not None
+    assert (command.recipe, command.engine, command.out, command.time_limit) == ("digits", "shared", out, "3h50m")
+    assert (command.settings.ipc, command.settings.compute.threads) == (5, 3)
