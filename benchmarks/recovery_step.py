@@ -140,7 +140,7 @@ def measure(method: str, name: str, real: RealData, arguments: argparse.Namespac
     target = layout = None
     if isinstance(config, GvbsmConfig):
         known = Teacher(name, teacher, {}, "", "")
-        target = gvbsm.gather_statistics(known, real, config, 0, build_plan(arguments, "float32-eager"), Run())
+        [target] = gvbsm.gather_statistics([known], real, config, 0, build_plan(arguments, "float32-eager"), Run())
         layout = gvbsm.Matcher(teacher, 1, config.patch_side).find_layout(real.image_size)
     draws = functools.partial(draw, config, len(positions), real.flip, layout)
     switches = functools.partial(use_torch_defaults, plan.device, plan.threads)

@@ -13,16 +13,17 @@
 Trained teachers are kept in a cache: --teachers.cache DIR (clean: --cache DIR), or else the environment variable
 STILLROOM_CACHE, or else ~/.cache/stillroom.
 
+Several workers share one run by --engine shared, each the same command, or by --engine ray (docs/cluster.md).
+
 Exit codes: 0 done; 1 could not be done (the message says why); 2 wrong usage; 3 stopped by --time-limit or a signal,
 with everything saved: the same command goes on.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -31,6 +32,7 @@ import torch
 import tyro
 
 from stillroom import __version__
+from stillroom.cluster import spread
 from stillroom.compare import compare
 from stillroom.compute import ComputeConfig, Plan, resolve_plan
 from stillroom.data import FACTS, DataConfig, RealData, hub_id, load_real
@@ -45,11 +47,11 @@ from stillroom.labels import PoolConfig, attach_labels
 from stillroom.manifest import LabelKind
 from stillroom.pipeline import (
     bound_settings,
-    distill_recipe,
     holds_labels,
-    open_stages,
+    make_recipe_set,
     provenance,
     run_recipe,
+    squeeze_recipe,
 )
 from stillroom.protocols import PROTOCOLS, ProtocolName, name_protocol, protocol_student
 from stillroom.recipes import RECIPES, Recipe, find_recipe
@@ -68,7 +70,16 @@ from stillroom.tables import (
     show_results,
     show_teachers,
 )
-from stillroom.teachers import Teacher, TeachersConfig, empty_cache, list_cache, load_teachers, untrained_teachers
+from stillroom.teachers import (
+    Teacher,
+    TeachersConfig,
+    cache_root,
+    empty_cache,
+    list_cache,
+    load_teachers,
+    untrained_teachers,
+)
+from stillroom.workers import name_worker
 
 OK, FAILED, USAGE, STOPPED = 0, 1, 2, 3
 
@@ -86,6 +97,10 @@ class RecipeCommand:
     out: Path | None = None  # run directory; runs/RECIPE if not given
     config: Path | None = None  # YAML file with settings, as --print-config writes it; flags override it
     time_limit: str | None = None  # stop cleanly after this time (90s, 9m, 2h); the same command goes on
+    engine: Literal["local", "shared", "ray"] = "local"
+    """Who does the work: this process; this one and others of the same command (a job array); or workers on Ray."""
+    workers: int | None = None  # on Ray; None: as many as there is room for
+    ray_address: str | None = None  # HOST:PORT or auto; None: $RAY_ADDRESS, or else a cluster of this machine alone
     dry_run: bool = False  # print the plan with an estimate of time, memory and bytes, and stop
     print_config: bool = False  # print the resolved settings as YAML and stop
 
@@ -176,6 +191,8 @@ class CleanCommand:
 
 
 Command = TypeVar("Command", bound=RecipeCommand)
+Settings = TypeVar("Settings", bound=Recipe)
+Result = TypeVar("Result")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -234,8 +251,8 @@ def run_command(words: list[str]) -> int:
     command = parse_recipe("run", words, RecipeCommand)
     if command is None:
         return OK
-    with _open_run(command) as run:
-        results = run_recipe(command.settings, run, command.recipe)
+    settings, name = command.settings, command.recipe
+    results = _carry_out(command, lambda compute, run: run_recipe(_computed(settings, compute), run, name))
     show_results(results)
     print_where(command.directory)
     return OK
@@ -246,8 +263,8 @@ def compare_command(words: list[str]) -> int:
     command = parse_recipe("compare", words, CompareCommand)
     if command is None:
         return OK
-    with _open_run(command) as run:
-        results = compare(command.settings, run, command.recipe)
+    settings, name = command.settings, command.recipe
+    results = _carry_out(command, lambda compute, run: compare(_computed(settings, compute), run, name))
     show_comparison(results)
     out = command.directory
     print(
@@ -262,10 +279,8 @@ def squeeze_command(words: list[str]) -> int:
     command = parse_recipe("squeeze", words, RecipeCommand)
     if command is None:
         return OK
-    with _open_run(command) as run:
-        real, plan = open_stages(dataclasses.replace(command.settings, controls=False), run)
-        teachers = load_teachers(real, command.settings.teachers, plan, run)
-    show_teachers(real, teachers)
+    settings = command.settings
+    show_teachers(_carry_out(command, lambda compute, run: squeeze_recipe(_computed(settings, compute), run)))
     return OK
 
 
@@ -274,11 +289,8 @@ def distill_command(words: list[str]) -> int:
     command = parse_recipe("distill", words, RecipeCommand)
     if command is None:
         return OK
-    with _open_run(command) as run:
-        real, plan = open_stages(dataclasses.replace(command.settings, controls=False), run)
-        needed = command.settings.needs_teachers
-        teachers = load_teachers(real, command.settings.teachers, plan, run) if needed else []
-        distill_recipe(command.settings, run, real, teachers, plan)
+    settings = command.settings
+    _carry_out(command, lambda compute, run: make_recipe_set(_computed(settings, compute), run))
     show_budget(command.directory / "distilled")
     return OK
 
@@ -508,10 +520,24 @@ def _under_protocol(command: EvaluateCommand, name: ProtocolName) -> EvaluateCom
     return dataclasses.replace(command, student=student, labels=labels, teachers=teachers)
 
 
-@contextlib.contextmanager
-def _open_run(command: RecipeCommand) -> Iterator[Run]:
-    with Run(command.directory, time_limit=parse_duration(command.time_limit)) as run, run.stop_on_signals():
-        yield run
+def _computed(settings: Settings, compute: ComputeConfig) -> Settings:
+    return dataclasses.replace(settings, compute=compute)
+
+
+def _carry_out(command: RecipeCommand, work: Callable[[ComputeConfig, Run], Result]) -> Result:
+    """Return what `work` returns: done by this process, as one of several that share the directory, or on Ray."""
+    directory, compute, limit = command.directory, command.settings.compute, parse_duration(command.time_limit)
+    if command.engine == "ray":
+        cache = cache_root(command.settings.teachers.cache).resolve()
+        return spread(
+            work, directory, compute, cache,
+            address=command.ray_address, workers=command.workers, time_limit=limit,
+        )  # fmt: skip
+    if command.workers is not None or command.ray_address is not None:
+        raise UsageError("--workers and --ray-address are Ray's: give --engine ray too")
+    worker = name_worker() if command.engine == "shared" else None
+    with Run(directory, time_limit=limit, worker=worker) as run, run.stop_on_signals():
+        return work(compute, run)
 
 
 def _as_its_run(path: Path) -> EvaluateCommand:

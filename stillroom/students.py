@@ -25,7 +25,7 @@ from stillroom.files import sha256_bytes
 from stillroom.labels import dynamic_label_bytes, ensemble_logits
 from stillroom.networks import build_network
 from stillroom.replay import STUDENT_DRAWS, build_batches, replayed_epochs
-from stillroom.run import Run
+from stillroom.run import Run, Task
 from stillroom.teachers import Teacher
 from stillroom.train import Epochs, TrainConfig, fit, measure_accuracy
 
@@ -210,23 +210,27 @@ def evaluate(
         replayed_epochs(distilled, train)  # refused before anything is trained
     steps = total_steps or steps_for(distilled, train)
     made_by = sha256_bytes(f"{distilled.fingerprint} {hash_labels(distilled, teachers or [])}".encode())
-    results = []
-    for seed in seeds:
+
+    def training(seed: int) -> Task:
         unit = f"student-{cell}-{config.network.replace(':', '-')}-{seed}"
-        if not run.unit_done(unit):
+
+        def make() -> tuple[dict[str, Any], None]:
             result = train_student(
                 distilled, real, config, train, steps, seed, teachers or [], plan, run, unit, made_by=made_by
             )
-            run.finish_unit(unit, result | {"made_by": made_by})
-            run.check_time()
-        else:
-            result, _ = run.load_unit(unit)
+            return result | {"made_by": made_by}, None
+
+        def fits(result: dict[str, Any]) -> bool:
             if result.get("made_by", made_by) != made_by:  # those of before there was a hash have none
                 raise StillroomError(
                     f"the finished student {unit!r} was trained on another set, or labelled by other teachers' "
                     "weights; give another directory with --out"
                 )
-        results.append(result)
+            return True
+
+        return Task(unit, make, fits)
+
+    results = [result for result, _ in run.carry_out([training(seed) for seed in seeds])]
     stored = 0 if distilled.soft_labels is None else distilled.soft_labels.nbytes
     if distilled.pool is not None:
         stored = distilled.pool.raw_bytes

@@ -34,10 +34,10 @@ from stillroom.methods.recover import (
     check_has_batchnorm,
     descend,
     draw_augment,
-    make_once,
+    made_once,
 )
 from stillroom.methods.select import Content, describe_set, draw_naturals, take_naturals
-from stillroom.run import Run
+from stillroom.run import Run, Task
 from stillroom.teachers import Teacher
 from stillroom.train import apply_normalization
 
@@ -191,8 +191,8 @@ def distill(
     made_by = [next(teacher for teacher in teachers if teacher.name == name) for name in makers]
     stored = None
     if config.compensators:
-        rows = [recover_compensators(teacher, naturals, real, config, seed, plan, run) for teacher in made_by]
-        compensators = torch.stack(rows) * torch.tensor(real.std).view(3, 1, 1)  # to [0, 1] pixel units
+        recovered = recover_compensators(made_by, naturals, real, config, seed, plan, run)
+        compensators = recovered * torch.tensor(real.std).view(3, 1, 1)  # to [0, 1] pixel units
         stored = quantize_compensators(compensators, config.compensator_bits)
     manifest = describe_set(
         "infer",
@@ -208,20 +208,30 @@ def distill(
 
 
 def recover_compensators(
-    teacher: Teacher, naturals: Tensor, real: RealData, config: InferConfig, seed: int, plan: Plan, run: Run
+    teachers: list[Teacher], naturals: Tensor, real: RealData, config: InferConfig, seed: int, plan: Plan, run: Run
 ) -> Tensor:
-    """Return one teacher's compensators, float32 [slots, 3, height, width] in units of the channels' deviation.
+    """Return each teacher's compensators, float32 [teachers, slots, 3, height, width] in units of the channels'
+    deviation.
 
     naturals: uint8 [slots, classes, 3, height, width]. Raises StillroomError where a finished unit was made with other
     weights.
     """
+    tasks = [compensator_tasks(teacher, naturals, real, config, seed, plan, run) for teacher in teachers]
+    made = iter(run.carry_out([task for own in tasks for task in own]))
+    return torch.stack([torch.cat([next(made)[1]["compensators"] for _ in own]) for own in tasks])
+
+
+def compensator_tasks(
+    teacher: Teacher, naturals: Tensor, real: RealData, config: InferConfig, seed: int, plan: Plan, run: Run
+) -> list[Task]:
+    """Return the tasks of one teacher's compensators: `plan.pack_slots` slots each, of `naturals`."""
     packs = [range(i, min(i + plan.pack_slots, len(naturals))) for i in range(0, len(naturals), plan.pack_slots)]
 
     @functools.cache  # compiled once per size of pack, and worth it by all of the teacher's steps
     def objective_of(slots: int) -> Objective:
         return objective_for(teacher.model, slots, config, plan, config.steps * len(packs))
 
-    parts = []
+    tasks = []
     for packed in packs:
         unit = f"compensators-{teacher.name.replace(':', '-')}-{packed.start}-{packed.stop}"
         images = sha256_bytes(naturals[packed.start : packed.stop].numpy().tobytes())  # a user's files can change
@@ -231,8 +241,8 @@ def recover_compensators(
             chosen, objective = naturals[packed.start : packed.stop], objective_of(len(packed))
             return optimize_compensators(teacher, chosen, packed, real, config, seed, plan, run, unit, objective)
 
-        parts.append(make_once(run, unit, made_by, f"compensators of {teacher.name!r}", make)["compensators"])
-    return torch.cat(parts)
+        tasks.append(made_once(unit, made_by, f"compensators of {teacher.name!r}", make))
+    return tasks
 
 
 def begin_descent(naturals: Tensor, real: RealData, config: InferConfig, plan: Plan, objective: Objective) -> Descent:
