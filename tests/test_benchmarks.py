@@ -53,3 +53,12 @@ def test_published_recoveries_and_ours_agree_over_a_whole_optimisation(tmp_path:
         for row in (exact, rounded):
             assert abs(row["final_statistics_loss"] / published["final_statistics_loss"] - 1) < 0.01
     assert all(row["milliseconds"] > 0 and row["share_of_peak"] > 0 for row in rows)
+
+
+def test_step_in_chunks_takes_less_memory_and_has_the_gradient_of_the_whole_one(tmp_path: Path) -> None:
+    settings = ["--images", "8", "16", "--whole", "8", "--chunk", "2", "--size", "64"]
+    rows = run_benchmark("memory.py", tmp_path / "out.json", *settings)
+    for whole, chunked, twice in (rows[:3], rows[3:]):
+        assert (whole["images"], chunked["images"], twice["images"]) == (8, 8, 16)
+        assert chunked["gradient_cosine"] > 0.99
+        assert whole["memory_mib"] is None or chunked["memory_mib"] < whole["memory_mib"]
