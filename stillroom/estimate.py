@@ -94,13 +94,16 @@ def estimate_comparison(comparison: Comparison) -> tuple[list[Stage], list[str]]
 
 
 def _open(recipe: Recipe, notes: list[str]) -> tuple[RealData, Plan]:
-    plan = resolve_plan(recipe.compute, notes.append)
+    resolve_plan(recipe.compute)  # a device that is not there is refused before the data is read
+    real = load_real(recipe.data)
+    plan = resolve_plan(recipe.compute, notes.append, (real.classes, real.image_size))
     plan.activate()
+    chunks = f", {plan.chunk_images} images of a slot at a time" if plan.chunk_images else ""
     notes.append(
         f"plan: {plan.device}, {plan.precision}, {plan.threads} threads, compile {plan.compile} (times are "
-        f"without it), {plan.pack_slots} slots per step"
+        f"without it), {plan.pack_slots} slots per step{chunks}"
     )
-    return load_real(recipe.data), plan
+    return real, plan
 
 
 def _teacher_stages(recipe: Recipe, real: RealData, plan: Plan, notes: list[str]) -> list[Stage]:
@@ -165,9 +168,7 @@ def _compensator_stages(recipe: Recipe, real: RealData, plan: Plan) -> list[Stag
     pack = min(plan.pack_slots, slots)
     for name in makers if config.compensators else ():
         model = build_network(name, real.classes, real.image_size).eval()
-        labels = torch.arange(real.classes, device=plan.device).expand(pack, -1)
-        loss = _objective(model, labels, config, plan)
-        seconds, memory = _time_steps(loss, labels.numel(), real, plan)
+        seconds, memory = _time_recovery(model, pack, real.classes, config, real, plan)
         work = f"{slots} slots x {config.steps:,} steps of {real.classes}"
         kept = slots * 3 * real.image_size**2 * config.compensator_bits // 8
         stages.append(Stage(f"compensators {name}", work, seconds * config.steps * slots / pack, memory, kept))
@@ -205,7 +206,9 @@ def _pixel_stages(recipe: Recipe, real: RealData, plan: Plan) -> list[Stage]:
     for name in names:
         model = plan.place(build_network(name, real.classes, real.image_size).eval())
         if recipe.method == "gvbsm":
-            loss = _matching(model, packed, labels, recipe.gvbsm, real, plan)
+            seconds, memory = _time_steps(
+                _matching(model, packed, labels, recipe.gvbsm, real, plan), len(labels), real, plan
+            )
             images = _images(gvbsm.GATHER_BATCH, real, plan)
             with torch.no_grad():
                 matcher = gvbsm.Matcher(model, 1, recipe.gvbsm.patch_side)
@@ -213,8 +216,7 @@ def _pixel_stages(recipe: Recipe, real: RealData, plan: Plan) -> list[Stage]:
             batches = -(-len(real.train) // gvbsm.GATHER_BATCH)
             stages.append(Stage(f"statistics {name}", f"{len(real.train):,} images", once * batches, 0, 0))
         else:
-            loss = _objective(model, labels.view(packed, -1), recipe.method_config, plan)
-        seconds, memory = _time_steps(loss, len(labels), real, plan)
+            seconds, memory = _time_recovery(model, packed, size, recipe.method_config, real, plan)
         share = steps / len(names)  # teachers take turns
         work = f"{len(blocks)} batches x {share:,.0f} steps of {size}"
         stages.append(Stage(f"images {name}", work, seconds * share * len(blocks) / packed, memory, 0))
@@ -234,6 +236,22 @@ def _matching(
         return (label_loss + statistics_loss).sum()
 
     return loss
+
+
+def _time_recovery(
+    model: nn.Module, groups: int, images: int, config: Any, real: RealData, plan: Plan
+) -> tuple[float, int]:
+    """Seconds and bytes of a step on `groups` slots of so many images; of a step in chunks, one chunk is timed.
+
+    Memory is that of a chunk's activations and of the slots' images, uint8.
+    """
+    chunk = min(plan.chunk_images or images, images)
+    labels = torch.zeros(groups, chunk, dtype=torch.int64, device=plan.device)
+    loss = _objective(model, labels, config, replace(plan, chunk_images=0))
+    seconds, memory = _time_steps(loss, labels.numel(), real, plan)
+    if chunk < images:  # whose chunks pass twice
+        seconds, _ = _time_steps(_objective(model, labels, config, plan), labels.numel(), real, plan)
+    return seconds * images / chunk, memory + groups * images * 3 * real.image_size**2
 
 
 def _objective(model: nn.Module, labels: Tensor, config: Any, plan: Plan) -> Callable[[Tensor], Tensor]:
