@@ -21,10 +21,11 @@ from stillroom.manifest import LabelEncoding, PoolFacts
 from stillroom.replay import STUDENT_DRAWS, batch_settings, build_batches, fingerprint_draws
 from stillroom.run import Run
 from stillroom.teachers import Teacher
-from stillroom.train import Epochs, TrainConfig, apply_normalization
+from stillroom.train import Epochs, TrainConfig, apply_normalization, fit_batch
 
-LABEL_BATCH = 256
+LABEL_BATCH = 256  # views of up to 64 px that pass at once
 LABEL_BYTES = 2  # float16 per class
+BLOCK_BYTES = 2**25  # of static labels that are a unit of work
 
 
 @dataclass(frozen=True)
@@ -104,30 +105,38 @@ def compute_static_labels(
     """Return the teachers' mean logits on every unaugmented view, float16 [views, classes] (Equation 6).
 
     The views are what a student will read back: stored, dequantised, clipped. Raises StillroomError where a logit is
-    not finite. A unit of work is one set: its labels are kept in the run and read back.
+    not finite, TimeLimitReached where the run is to stop. A unit of work is a block of views, of a small set all: its
+    labels are kept in the run and read back.
     """
     made_by = {"teachers": [teacher.hash for teacher in teachers], "set": distilled.fingerprint}
-    if run.unit_done(unit):
-        made, tensors = run.load_unit(unit)
-        if made == made_by:
-            return tensors["labels"]
     # Stored once and for all, so in float32 whatever the plan: a label must not depend on who has fast bfloat16.
     logits_of = ensemble_logits(teachers, replace(plan, precision="float32"))
-    normalization = distilled.manifest.normalization
-    blocks = []
+    normalization, classes = distilled.manifest.normalization, len(distilled.manifest.class_names)
+    batch = fit_batch(LABEL_BATCH, distilled.manifest.image_size[0])
+    blocks = torch.arange(distilled.view_count).split(max(1, BLOCK_BYTES // (classes * LABEL_BYTES * batch)) * batch)
+    labels = torch.empty(distilled.view_count, classes, dtype=torch.float16)
     with run.progress("static labels", distilled.view_count) as advance:
-        for rows in torch.arange(distilled.view_count).split(LABEL_BATCH):
-            views = distilled.form_views(rows).to(plan.device)
-            logits = logits_of(apply_normalization(views, normalization.mean, normalization.std))
-            blocks.append(logits.half().cpu())
-            advance(len(rows))
-    labels = torch.cat(blocks)
-    bad = (~labels.isfinite()).any(1).nonzero().flatten()
-    if len(bad):
-        raise StillroomError(
-            f"static labels of {len(bad)} views are not finite, first view {bad[0]}; check the teachers"
-        )
-    run.finish_unit(unit, made_by, {"labels": labels})
+        for block in blocks:
+            name = unit if len(blocks) == 1 else f"{unit}-{block[0]}"
+            own = labels[block[0] : block[-1] + 1]
+            if run.unit_done(name):
+                made, tensors = run.load_unit(name)
+                if made == made_by and tensors["labels"].shape == own.shape:
+                    own.copy_(tensors["labels"])
+                    advance(len(block))
+                    continue
+            for rows, part in zip(block.split(batch), own.split(batch), strict=True):
+                views = distilled.form_views(rows).to(plan.device)
+                part.copy_(logits_of(apply_normalization(views, normalization.mean, normalization.std)).half())
+                advance(len(rows))
+            bad = (~own.isfinite()).any(1).nonzero().flatten()
+            if len(bad):
+                raise StillroomError(
+                    f"static labels of {len(bad)} views are not finite, first view {block[bad[0]]}; check the teachers"
+                )
+            run.finish_unit(name, made_by, {"labels": own})
+            if len(blocks) > 1:
+                run.check_time()
     return labels
 
 

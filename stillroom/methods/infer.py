@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from stillroom.artifact import StoredImages
 from stillroom.compute import Plan
 from stillroom.data import RealData
 from stillroom.distilled import DistilledSet, quantize_compensators
@@ -169,7 +170,7 @@ def load_naturals(folder: Path | str, real: RealData, slots: int) -> tuple[Tenso
     return torch.cat(images), torch.arange(real.classes).repeat(slots)
 
 
-def place_naturals(real: RealData, slots: int, seed: int, folder: str | None) -> tuple[Tensor, Tensor]:
+def place_naturals(real: RealData, slots: int, seed: int, folder: str | None) -> tuple[Tensor | StoredImages, Tensor]:
     """Return images uint8 [slots * classes, 3, height, width] and labels: those in `folder`, or else a random draw."""
     if folder is not None:
         return load_naturals(folder, real, slots)
@@ -186,12 +187,11 @@ def distill(
     """
     slots = check(real, {teacher.name: teacher.model for teacher in teachers}, ipc, config)
     images, labels = place_naturals(real, slots, seed, config.naturals)
-    naturals = images.unflatten(0, (slots, real.classes))  # uint8 [slots, classes, 3, height, width]
     makers = makers_of([teacher.name for teacher in teachers], config)
     made_by = [next(teacher for teacher in teachers if teacher.name == name) for name in makers]
     stored = None
     if config.compensators:
-        rows = [recover_compensators(teacher, naturals, real, config, seed, plan, run) for teacher in made_by]
+        rows = [recover_compensators(teacher, images, real, config, seed, plan, run) for teacher in made_by]
         compensators = torch.stack(rows) * torch.tensor(real.std).view(3, 1, 1)  # to [0, 1] pixel units
         stored = quantize_compensators(compensators, config.compensator_bits)
     manifest = describe_set(
@@ -208,14 +208,21 @@ def distill(
 
 
 def recover_compensators(
-    teacher: Teacher, naturals: Tensor, real: RealData, config: InferConfig, seed: int, plan: Plan, run: Run
+    teacher: Teacher,
+    naturals: Tensor | StoredImages,
+    real: RealData,
+    config: InferConfig,
+    seed: int,
+    plan: Plan,
+    run: Run,
 ) -> Tensor:
     """Return one teacher's compensators, float32 [slots, 3, height, width] in units of the channels' deviation.
 
-    naturals: uint8 [slots, classes, 3, height, width]. Raises StillroomError where a finished unit was made with other
-    weights.
+    naturals: uint8 [slots * classes, 3, height, width], slot by slot in class order; those of a pack of slots are
+    looked at at a time. Raises StillroomError where a finished unit was made with other weights.
     """
-    packs = [range(i, min(i + plan.pack_slots, len(naturals))) for i in range(0, len(naturals), plan.pack_slots)]
+    slots = len(naturals) // real.classes
+    packs = [range(i, min(i + plan.pack_slots, slots)) for i in range(0, slots, plan.pack_slots)]
 
     @functools.cache  # compiled once per size of pack, and worth it by all of the teacher's steps
     def objective_of(slots: int) -> Objective:
@@ -224,12 +231,13 @@ def recover_compensators(
     parts = []
     for packed in packs:
         unit = f"compensators-{teacher.name.replace(':', '-')}-{packed.start}-{packed.stop}"
-        images = sha256_bytes(naturals[packed.start : packed.stop].numpy().tobytes())  # a user's files can change
+        own = naturals[packed.start * real.classes : packed.stop * real.classes].unflatten(0, (len(packed), -1))
+        images = sha256_bytes([own.numpy().data])  # a user's files can change
         made_by = {"teacher": teacher.name, "hash": teacher.hash, "slots": list(packed), "images": images}
 
-        def make(packed: range = packed, unit: str = unit) -> dict[str, Tensor]:
-            chosen, objective = naturals[packed.start : packed.stop], objective_of(len(packed))
-            return optimize_compensators(teacher, chosen, packed, real, config, seed, plan, run, unit, objective)
+        def make(own: Tensor = own, packed: range = packed, unit: str = unit) -> dict[str, Tensor]:
+            objective = objective_of(len(packed))
+            return optimize_compensators(teacher, own, packed, real, config, seed, plan, run, unit, objective)
 
         parts.append(make_once(run, unit, made_by, f"compensators of {teacher.name!r}", make)["compensators"])
     return torch.cat(parts)
@@ -290,7 +298,7 @@ def optimize_compensators(
     label = f"compensators {teacher.name} {packed.start}-{packed.stop - 1}"
     draws = [("compensators", teacher.name, slot) for slot in packed]
     remedy = f"lower infer.learning_rate (now {config.learning_rate})"
-    made_by = sha256_bytes(teacher.hash.encode() + naturals.numpy().tobytes())
+    made_by = sha256_bytes([teacher.hash.encode(), naturals.contiguous().numpy().data])
     losses = descend(descent, draws, seed, run, run.checkpoint(unit, made_by), label, remedy)
     run.event("compensators", teacher=teacher.name, slots=list(packed), losses=losses[-1].tolist())
     return {"compensators": descent.tensor.detach().cpu(), "losses": losses.cpu()}
