@@ -7,7 +7,7 @@ never made.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -109,34 +109,50 @@ def compute_static_labels(
     labels are kept in the run and read back.
     """
     made_by = {"teachers": [teacher.hash for teacher in teachers], "set": distilled.fingerprint}
-    # Stored once and for all, so in float32 whatever the plan: a label must not depend on who has fast bfloat16.
-    logits_of = ensemble_logits(teachers, replace(plan, precision="float32"))
-    normalization, classes = distilled.manifest.normalization, len(distilled.manifest.class_names)
-    batch = fit_batch(LABEL_BATCH, distilled.manifest.image_size[0])
+    classes, batch = len(distilled.manifest.class_names), fit_batch(LABEL_BATCH, distilled.manifest.image_size[0])
     blocks = torch.arange(distilled.view_count).split(max(1, BLOCK_BYTES // (classes * LABEL_BYTES * batch)) * batch)
     labels = torch.empty(distilled.view_count, classes, dtype=torch.float16)
     with run.progress("static labels", distilled.view_count) as advance:
         for block in blocks:
             name = unit if len(blocks) == 1 else f"{unit}-{block[0]}"
-            own = labels[block[0] : block[-1] + 1]
-            if run.unit_done(name):
-                made, tensors = run.load_unit(name)
-                if made == made_by and tensors["labels"].shape == own.shape:
-                    own.copy_(tensors["labels"])
-                    advance(len(block))
-                    continue
-            for rows, part in zip(block.split(batch), own.split(batch), strict=True):
-                views = distilled.form_views(rows).to(plan.device)
-                part.copy_(logits_of(apply_normalization(views, normalization.mean, normalization.std)).half())
-                advance(len(rows))
-            bad = (~own.isfinite()).any(1).nonzero().flatten()
-            if len(bad):
-                raise StillroomError(
-                    f"static labels of {len(bad)} views are not finite, first view {block[bad[0]]}; check the teachers"
-                )
-            run.finish_unit(name, made_by, {"labels": own})
+            made, tensors = run.load_unit(name) if run.unit_done(name) else ({}, {})
+            if made == made_by and len(tensors["labels"]) == len(block):
+                labels[block] = tensors["labels"]
+                advance(len(block))
+                continue
+            labels[block] = label_views(distilled, block.split(batch), teachers, plan, advance)
+            run.finish_unit(name, made_by, {"labels": labels[block]})
             if len(blocks) > 1:
                 run.check_time()
+    return labels
+
+
+def label_views(
+    distilled: DistilledSet,
+    batches: Sequence[Tensor],
+    teachers: list[Teacher],
+    plan: Plan,
+    advance: Callable[..., None],
+) -> Tensor:
+    """Return the teachers' mean logits on views, float16 [views, classes] on the CPU; `batches` are their rows.
+
+    Raises StillroomError where a logit is not finite.
+    """
+    # Stored once and for all, so in float32 whatever the plan: a label must not depend on who has fast bfloat16.
+    logits_of = ensemble_logits(teachers, replace(plan, precision="float32"))
+    normalization, parts = distilled.manifest.normalization, []
+    for rows in batches:
+        views = distilled.form_views(rows).to(plan.device)
+        logits = logits_of(apply_normalization(views, normalization.mean, normalization.std))
+        parts.append(logits.half().cpu())
+        advance(len(rows))
+    labels = torch.cat(parts)
+    bad = (~labels.isfinite()).any(1).nonzero().flatten()
+    if len(bad):
+        first = int(torch.cat(list(batches))[bad[0]])
+        raise StillroomError(
+            f"static labels of {len(bad)} views are not finite, first view {first}; check the teachers"
+        )
     return labels
 
 
