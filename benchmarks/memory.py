@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from compensator_step import build_teacher
-from measure import CIFAR_MEAN, CIFAR_STD, build_parser, build_plan, cosine, peak_memory, wait_for_device, write_results
+from measure import CIFAR_MEAN, CIFAR_STD, build_parser, build_plan, cosine, wait_for_device, write_results
 from torch import Tensor
 
-from stillroom.compute import Plan, build_generator
+from stillroom.compute import Plan, build_generator, peak_memory
 from stillroom.data import MemoryImages, RealData
 from stillroom.methods.infer import begin_descent, objective_for
 from stillroom.methods.recover import Descent

@@ -52,6 +52,7 @@ from stillroom.manifest import (
     ImageEncodingChoice,
     LabelKind,
     Manifest,
+    PictureEncoding,
     PoolFacts,
     file_name,
     read_manifest,
@@ -333,8 +334,7 @@ class DistilledSet:
                 f"the images are float16 pixels, which {encoding} would cut and round: leave image_encoding at 'auto'.",
             )
             return self
-        if encoding == "auto":
-            encoding = "png" if max(self.manifest.image_size) <= LOSSLESS_UP_TO else "jpeg95"
+        encoding = choose_encoding(encoding, max(self.manifest.image_size))
         if encoding == self.manifest.image_encoding:
             return self
         _require(
@@ -435,6 +435,13 @@ class DistilledSet:
             return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)
 
         return torch.stack(map_in_threads(encode, views.cpu().unbind())).to(self.images.device)
+
+
+def choose_encoding(choice: ImageEncodingChoice, side: int) -> PictureEncoding:
+    """Return what images of `side` pixels are stored as; auto: png up to 64 pixels, jpeg95 above."""
+    if choice != "auto":
+        return choice
+    return "png" if side <= LOSSLESS_UP_TO else "jpeg95"
 
 
 class ViewDataset(Dataset[tuple[Tensor, Tensor]]):

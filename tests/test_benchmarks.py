@@ -64,6 +64,6 @@ def test_step_in_chunks_takes_less_memory_and_has_the_gradient_of_the_whole_one(
         assert whole["memory_mib"] is None or chunked["memory_mib"] < whole["memory_mib"]
 
 
-def test_a_large_set_is_read_in_the_memory_of_its_folder(tmp_path: Path) -> None:
+def test_a_large_set_is_read_in_the_memory_of_its_parts(tmp_path: Path) -> None:
     rows = run_benchmark("loader.py", tmp_path / "out.json", "--size", "64", "--batch", "8", "--stored", "500")
-    assert all(row["formed_per_second"] > 0 and row["memory_mib"] <= row["folder_mib"] + 192 for row in rows)
+    assert all(row["formed_per_second"] > 0 and row["memory_mib"] <= row["artifact_mib"] + 192 for row in rows)
