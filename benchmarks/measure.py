@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,37 +96,6 @@ def multiply_peak(device: str, dtype: torch.dtype, side: int = 1024, repeats: in
         product = min(time_steps(lambda: torch.mm(a, b), 1) for _ in range(repeats))
         convolution = min(time_steps(lambda: torch.conv2d(images, kernel, padding=1), 1) for _ in range(repeats))
     return max(2 * side**3 / product, 2 * images.numel() * kernel[0].numel() / convolution) / 1e6
-
-
-def peak_memory(step: Callable[[], object], device: str) -> int | None:
-    """Return how many bytes more than before `step` held at its peak.
-
-    CUDA: allocated tensors. Linux: resident memory, with the kernel's high-water mark reset and freed memory handed
-    back first. Elsewhere None.
-    """
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    if not sys.platform.startswith("linux"):
-        return None
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    before = _status("VmRSS")
-    step()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

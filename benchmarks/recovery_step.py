@@ -28,7 +28,6 @@ from measure import (
     cosine,
     describe_times,
     multiply_peak,
-    peak_memory,
     run_steps,
     time_interleaved,
     time_steps,
@@ -39,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from stillroom import augment
-from stillroom.compute import Plan, build_generator
+from stillroom.compute import Plan, build_generator, peak_memory
 from stillroom.data import RealData
 from stillroom.methods import gvbsm, sre2l
 from stillroom.methods.gvbsm import GvbsmConfig, Layout

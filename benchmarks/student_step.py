@@ -26,7 +26,6 @@ from measure import (
     cosine,
     describe_times,
     multiply_peak,
-    peak_memory,
     run_steps,
     time_interleaved,
     time_steps,
@@ -36,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from stillroom.compute import Plan, build_generator
+from stillroom.compute import Plan, build_generator, peak_memory
 from stillroom.data import RealData
 from stillroom.distilled import DistilledSet, quantize_compensators
 from stillroom.manifest import ViewSettings

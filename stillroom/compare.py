@@ -57,7 +57,7 @@ from stillroom.scores import (
 )
 from stillroom.students import Evaluation, StudentConfig, evaluate
 from stillroom.teachers import Teacher, load_teachers
-from stillroom.train import apply_normalization
+from stillroom.train import apply_normalization, fit_batch
 
 FEATURE_BATCH = 256
 
@@ -362,7 +362,7 @@ def feature_duplication(distilled: DistilledSet, teacher: Teacher, plan: Plan) -
     """
     normalization = distilled.manifest.normalization
     blocks = []
-    for rows in torch.arange(distilled.view_count).split(FEATURE_BATCH):
+    for rows in torch.arange(distilled.view_count).split(fit_batch(FEATURE_BATCH, distilled.manifest.image_size[0])):
         views = apply_normalization(distilled.form_views(rows).to(plan.device), normalization.mean, normalization.std)
         blocks.append(penultimate_features(teacher.model, views).cpu())
     features = torch.nn.functional.normalize(torch.cat(blocks))

@@ -250,7 +250,7 @@ def evaluate(
 def hash_labels(distilled: DistilledSet, teachers: list[Teacher]) -> str:
     """Return a SHA-256 of what students of `distilled` will learn from beside its classes; "" for hard labels."""
     if distilled.soft_labels is not None:
-        return sha256_bytes(distilled.soft_labels.contiguous().cpu().numpy().tobytes())
+        return sha256_bytes([distilled.soft_labels.contiguous().cpu().numpy().data])
     if distilled.manifest.pool is not None:
         return sha256_bytes(json.dumps(asdict(distilled.manifest.pool)).encode())
     if distilled.manifest.label_kind == "hard":
@@ -321,19 +321,23 @@ def build_draws(
     label_dynamically = ensemble_logits(teachers, plan) if kind == "dynamic" else None
     steps = replayed_epochs(distilled, train).steps if kind == "replayed" else 0
     classes = len(distilled.manifest.class_names)
-    hard = nn.functional.one_hot(here.labels[here.view_table()[:, 0]], classes).float()  # [views, classes]
-    stored = hard if kind == "hard" else None if here.soft_labels is None else here.soft_labels.float()
+    label_of = here.labels[here.view_table()[:, 0]]  # [views]
+
+    def hard(rows: Tensor) -> Tensor:
+        return nn.functional.one_hot(label_of[rows], classes).float()
+
+    def stored(rows: Tensor) -> Tensor:
+        return hard(rows) if here.soft_labels is None else here.soft_labels[rows].float()
 
     def draw_batch(rows: Tensor, generator: torch.Generator, drawn_step: int = 0) -> tuple[Tensor, Tensor]:
         images, mixing = form_batch(rows, generator)
         rows = rows.to(plan.device, non_blocking=True)
         if label_dynamically is not None:
             targets = label_dynamically(images)
-        elif stored is None:
-            assert distilled.pool is not None
+        elif distilled.pool is not None:
             targets = distilled.pool.decode(*divmod(drawn_step, steps), device=plan.device)
         else:  # CutMix too: its weight is the share of the image that is truly kept
-            targets = stored[rows] if mixing is None else augment.apply_mixup(stored[rows], mixing)
-        return images, torch.stack([targets, hard[rows]], dim=1) if with_hard else targets
+            targets = stored(rows) if mixing is None else augment.apply_mixup(stored(rows), mixing)
+        return images, torch.stack([targets, hard(rows)], dim=1) if with_hard else targets
 
     return draw_batch

@@ -76,3 +76,17 @@ def test_pools_of_labels_are_measured_on_random_images_and_on_a_finished_set_by_
         rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
         assert [row["labels"] for row in rows] == ["static", "replayed", "dynamic"]
     assert len(list((tmp_path / "cache" / "teachers").iterdir())) == 2  # none is trained for the finished set
+
+
+def test_step_in_chunks_takes_less_memory_and_has_the_gradient_of_the_whole_one(tmp_path: Path) -> None:
+    settings = ["--images", "8", "16", "--whole", "8", "--chunk", "2", "--size", "64"]
+    rows = run_benchmark("memory.py", tmp_path / "out.json", *settings)
+    for whole, chunked, twice in (rows[:3], rows[3:]):
+        assert (whole["images"], chunked["images"], twice["images"]) == (8, 8, 16)
+        assert chunked["gradient_cosine"] > 0.99
+        assert whole["memory_mib"] is None or chunked["memory_mib"] < whole["memory_mib"]
+
+
+def test_a_large_set_is_read_in_the_memory_of_its_parts(tmp_path: Path) -> None:
+    rows = run_benchmark("loader.py", tmp_path / "out.json", "--size", "64", "--batch", "8", "--stored", "500")
+    assert all(row["formed_per_second"] > 0 and row["memory_mib"] <= row["artifact_mib"] + 192 for row in rows)
