@@ -176,7 +176,7 @@ class Duplication(Arrays):
 class Boundaries(Arrays):
     """Test images of a few classes in a plane for each student, and the class it predicts there (Figure 2, right).
 
-    x and y: t-SNE of the student's penultimate features, scaled to [0, 1]. true and predicted: index along `name`, the
+    x and y: t-SNE of the student's penultimate features, within [0, 1]. true and predicted: index along `name`, the
     prediction among these classes alone. region: the class that most of the nearest `neighbours` images are predicted
     as, on a grid of `down` (y) and `across` (x). accuracy: share of predictions that are right.
     """

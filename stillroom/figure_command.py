@@ -50,7 +50,11 @@ def figure_command(words: list[str]) -> int:
             f"{command.runs[0]} holds no config.json, so it is no run; give the directory of one, such as runs/demo"
         )
     figure = FIGURES[command.name]
-    with Run(command.keep or folder, time_limit=limit) as keep, keep.stop_on_signals():
+    try:
+        kept = Run(command.keep or folder, time_limit=limit)
+    except StillroomError as error:  # in use, or not to be written
+        raise StillroomError(str(error).replace("--out", "--keep")) from error
+    with kept as keep, keep.stop_on_signals():
         arrays = figure.compute(Study(command.runs, command.settings, keep))
     write_figure(command.name, arrays, out, command.dark)
     print(figure.describe(arrays))

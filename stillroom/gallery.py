@@ -81,7 +81,9 @@ def render(name: str, arrays: Arrays, format: Literal["png", "svg"], dark: bool 
     said = FIGURES[name].describe(arrays)
     about = {"Description": said} | ({"Date": None} if format == "svg" else {"Software": None})
     with matplotlib.rc_context({"svg.hashsalt": name}):  # else identifiers are drawn at random
-        figure.savefig(buffer, format=format, metadata=about)
+        figure.savefig(
+            buffer, format=format, metadata=about, pil_kwargs={"optimize": True} if format == "png" else None
+        )
     return buffer.getvalue()
 
 

@@ -227,6 +227,7 @@ class Study:
 
         "real": the student's network, trained on all real images as teachers are; it has one seed, the teachers'.
         """
+        self.keep.check_time()
         key = (name, 0 if name == REAL else seed)
         if key not in self._students:
             model = self._train_on_real() if name == REAL else self._train(name, seed)

@@ -17,9 +17,10 @@ from stillroom.train import apply_normalization
 
 REAL_PER_CLASS = 50  # real images of a class that duplication is measured on
 CLASSES = 7  # as in the paper's figure
-PER_CLASS = 100  # test images of each, at most
+PER_CLASS = 50  # test images of each, at most
 NEIGHBOURS = 15
-GRID = 64  # points a side
+GRID = 50  # points a side
+MARGIN = 0.03  # around the images, in which nothing is cut off
 PERPLEXITY = 30.0
 
 
@@ -100,13 +101,14 @@ def features_of(study: Study, model: nn.Module, images: Images, rows: Tensor) ->
 
 
 def embed(features: np.ndarray, seed: int) -> np.ndarray:
-    """Return t-SNE's plane of features [n, d], scaled to [0, 1]: float64 [n, 2]. Distances in it mean little."""
+    """Return t-SNE's plane of features [n, d], scaled to lie within [0, 1] with a margin: float64 [n, 2]."""
     from sklearn.manifold import TSNE
 
     perplexity = min(PERPLEXITY, (len(features) - 1) / 3)
     plane = TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(features.astype(np.float64))
     low, high = plane.min(0), plane.max(0)
-    return np.asarray((plane - low) / np.where(high > low, high - low, 1.0), dtype=np.float64)
+    scaled = (plane - low) / np.where(high > low, high - low, 1.0)
+    return np.asarray(MARGIN + (1 - 2 * MARGIN) * scaled, dtype=np.float64)
 
 
 def classify_plane(plane: np.ndarray, predicted: np.ndarray, down: np.ndarray, across: np.ndarray) -> np.ndarray:

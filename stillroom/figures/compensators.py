@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from stillroom.arrays import Compensators, Layers, Losses, Views, read_pixels
-from stillroom.figures.style import colours_of, few_ticks, listed, markers_of, new_figure, styled
+from stillroom.figures.style import colours_of, few_ticks, listed, markers_of, new_figure, plain_ticks, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +30,7 @@ def draw_compensators(arrays: Compensators) -> Figure:
         "is the change in pixel units of [0, 1] that black and white stand for."
     )
     width, height = max(4.5, 1.6 + 1.15 * columns), 1.2 + 1.35 * rows
-    figure = new_figure(f"Compensators by teacher and slot, {arrays.dataset}", caption, width, height)
+    figure = new_figure(f"Compensators by teacher and slot, {arrays.dataset}", caption, width, height, square=True)
     pictures = read_pixels(arrays.pixels)
     for row, line in enumerate(figure.subplots(rows, columns, squeeze=False)):
         for column, axes in enumerate(line):
@@ -57,9 +59,9 @@ def draw_views(arrays: Views) -> Figure:
         f"Slot {arrays.slot}. Above: compensators, each stretched around gray; the number is the change that black and "
         "white stand for. Below: views as students see them, cut to valid pixels."
     )
-    figure = new_figure(
-        f"Naturals, compensators and their views, {arrays.dataset}", caption, 1.6 + 1.25 * columns, 1.2 + 1.2 * rows
-    )
+    width, height = 1.6 + 1.1 * columns, 1.2 + 1.15 * rows
+    title = f"Naturals, compensators and their views, {arrays.dataset}"
+    figure = new_figure(title, caption, width, height, square=True)
     pictures = read_pixels(arrays.pixels)
     for row, line in enumerate(figure.subplots(rows, columns, squeeze=False)):
         for column, axes in enumerate(line):
@@ -101,8 +103,8 @@ def draw_losses(arrays: Losses) -> Figure:
     ):  # fmt: skip
         for index, teacher in enumerate(arrays.teacher.tolist()):
             axes.plot(
-                arrays.step, values[index].mean(0), color=colours[teacher], marker=markers[teacher], markevery=0.2,
-                label=teacher if values is arrays.label else None,
+                arrays.step, values[index].mean(0), color=colours[teacher], marker=markers[teacher],
+                markevery=max(1, len(arrays.step) // 6), label=teacher if values is arrays.label else None,
             )  # fmt: skip
             axes.fill_between(
                 arrays.step, values[index].min(0), values[index].max(0), color=colours[teacher], alpha=0.2, linewidth=0
@@ -111,6 +113,7 @@ def draw_losses(arrays: Losses) -> Figure:
         axes.set_ylabel(name)
         if values.min() > 0:
             axes.set_yscale("log")
+            plain_ticks(axes.yaxis, values)
         axes.grid(True)
     figure.legend(loc="outside right upper")
     return figure
@@ -154,6 +157,7 @@ def draw_layers(arrays: Layers) -> Figure:
         axes.set_xlabel("BatchNorm, in the order they run")
         axes.xaxis.set_major_locator(few_ticks(whole=True))
         axes.set_yscale("log")
+        plain_ticks(axes.yaxis, np.maximum(np.concatenate([arrays.before, arrays.after]), 1e-9))
         axes.grid(True)
     drawn[0].set_ylabel("part of the loss")
     figure.legend(loc="outside right upper")

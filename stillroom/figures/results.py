@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stillroom.arrays import Duplication, Gain, Tradeoff
-from stillroom.figures.style import bars_of, colours_of, listed, markers_of, new_figure, styled
+from stillroom.figures.style import bars_of, colours_of, listed, markers_of, new_figure, plain_ticks, styled
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -45,7 +44,7 @@ def draw_tradeoff(arrays: Tradeoff) -> Figure:
                     capsize=2,
                 )
     axes.set_xscale("log")
-    _plain_ticks(axes, arrays.ratio)
+    plain_ticks(axes.xaxis, arrays.ratio)
     axes.set_xlabel("bytes of the set, % of the bytes of the real training set's pixels")
     axes.set_ylabel("top-1, %")
     axes.set_ylim(bottom=0)
@@ -53,24 +52,11 @@ def draw_tradeoff(arrays: Tradeoff) -> Figure:
     shown = [Line2D([], [], color=colour, label=method) for method, colour in colours.items()]
     gray = "#8A8A8A"
     shown += [Line2D([], [], color=gray, marker=m, linestyle="none", label=f"{k} labels") for k, m in markers.items()]
-    if matched.any():
-        hollow = Line2D(
-            [], [], color=gray, marker="o", markerfacecolor="none", linestyle="none", label="random, matched"
-        )
-        shown.append(hollow)
+    hollow: dict[str, Any] = {"color": gray, "marker": "o", "markerfacecolor": "none", "linestyle": "none"}
+    for name in dict.fromkeys(arrays.method[matched].tolist()):
+        shown.append(Line2D([], [], label=name.replace(" in as many", "\nin as many"), **hollow))
     figure.legend(handles=shown, loc="outside right upper")
     return figure
-
-
-def _plain_ticks(axes: Axes, values: np.ndarray) -> None:
-    """Put plain numbers, not powers, on a logarithmic axis of percents."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    known = np.array([digit * 10.0**power for power in range(-4, 4) for digit in (1, 2, 3, 5)])
-    inside = known[(known >= 0.7 * values.min()) & (known <= 1.4 * values.max())]
-    axes.xaxis.set_major_locator(FixedLocator((inside if len(inside) else values).tolist()))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def describe_tradeoff(arrays: Tradeoff) -> str:
@@ -80,7 +66,7 @@ def describe_tradeoff(arrays: Tradeoff) -> str:
         rows = np.flatnonzero(arrays.labels == labels)
         row = rows[arrays.top1[rows].argmax()]
         name = f"{arrays.method[row]} with {labels} labels reaches {arrays.top1[row]:.1f} %"
-        best.append(f"{name} at {arrays.ratio[row]:.2g} % of the bytes")
+        best.append(f"{name} at {arrays.ratio[row]:.3g} % of the bytes")
     return f"Accuracy on {arrays.dataset} against bytes: of each kind of label the best, {listed(best)}."
 
 

@@ -33,10 +33,11 @@ def _students(arrays: Boundaries | Landscape | Difficulty | Calibration | ClassA
     return f"Students: {arrays.student}, {arrays.labels} labels, trained on {steps}."
 
 
-def _seeds(seeds: np.ndarray) -> str:
-    if len(seeds) == 1:
+def _seeds(arrays: Difficulty | Calibration | ClassAccuracy, shown: str) -> str:
+    """Return how many seeds there are and what is `shown` of them."""
+    if len(arrays.seed) == 1:
         return "One seed."
-    return f"Mean and standard deviation of {len(seeds)} seeds; the student on real images has one."
+    return f"{shown} {len(arrays.seed)} seeds{'; the student on real images has one' if 'real' in arrays.set else ''}."
 
 
 def _over_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -57,7 +58,9 @@ def draw_boundaries(arrays: Boundaries) -> Figure:
         f"{_students(arrays)}"
     )
     count = len(arrays.set)
-    figure = new_figure(f"Decision boundaries of students, {arrays.dataset}", caption, 0.6 + 2.9 * count, 4.4)
+    figure = new_figure(
+        f"Decision boundaries of students, {arrays.dataset}", caption, 1 + 2.3 * count, 3.6, square=True
+    )
     colours = COLOURS[: len(arrays.name)]
     scale: dict[str, Any] = {"cmap": ListedColormap(colours), "vmin": -0.5, "vmax": len(arrays.name) - 0.5}
     for index, axes in enumerate(panels(figure, count)):
@@ -68,7 +71,7 @@ def draw_boundaries(arrays: Boundaries) -> Figure:
                 colors=[axes.xaxis.label.get_color()], linewidths=0.7,
             )  # fmt: skip
         right = arrays.predicted[index] == arrays.true
-        for chosen, marker, size in ((right, "o", 7), (~right, "x", 11)):
+        for chosen, marker, size in ((right, "o", 5), (~right, "x", 8)):
             place = arrays.x[index][chosen], arrays.y[index][chosen]
             axes.scatter(*place, s=size, c=arrays.true[chosen], marker=marker, linewidths=0.8, **scale)
         axes.set_title(f"{arrays.set[index]}: {100 * arrays.accuracy[index]:.0f} % right")
@@ -93,35 +96,38 @@ def describe_boundaries(arrays: Boundaries) -> str:
 def draw_landscape(arrays: Landscape) -> Figure:
     """Figure 5: each student's loss as a surface, and as contours below it, all in one scale."""
     caption = (
-        f"Mean over {arrays.images} random test images, which are the centre (0, 0); at 1 lies an image of another "
-        f"class, a second one for the other direction. One seed. {_students(arrays)}"
+        f"Mean over {arrays.images} random test images, which are the centre (0, 0). At 1 along either axis lies an "
+        f"image of another class, the same for all students. One seed. {_students(arrays)}"
     )
     count = len(arrays.set)
-    figure = new_figure(f"Loss around test images in pixel space, {arrays.dataset}", caption, 0.8 + 2.7 * count, 6.4)
-    low, high = arrays.loss.min(), arrays.loss.max()
+    figure = new_figure(f"Loss around test images in pixel space, {arrays.dataset}", caption, 1 + 2.3 * count, 5.8)
+    places = figure.add_gridspec(2, count, height_ratios=(1.25, 1))
     first, second = np.meshgrid(arrays.first, arrays.second, indexing="ij")
-    levels = np.linspace(low, high if high > low else low + 1, 13)
+    levels = few_ticks(count=12).tick_values(arrays.loss.min(), arrays.loss.max())
+    scale: dict[str, Any] = {"cmap": SURFACE, "vmin": levels[0], "vmax": levels[-1]}
+    flats: list[Any] = []
     for index, name in enumerate(arrays.set):
-        surface = figure.add_subplot(2, count, 1 + index, projection="3d")
-        surface.plot_surface(  # type: ignore[attr-defined]
-            first, second, arrays.loss[index], cmap=SURFACE, vmin=low, vmax=high, rstride=1, cstride=1, linewidth=0
-        )
-        surface.set_zlim(low, levels[-1])  # type: ignore[attr-defined]
+        surface: Any = figure.add_subplot(places[0, index], projection="3d")
+        surface.plot_surface(first, second, arrays.loss[index], rstride=1, cstride=1, antialiased=False, **scale)
+        surface.set_zlim(levels[0], levels[-1])
         surface.set_title(name)
-        surface.tick_params(labelsize=6, pad=-3)
+        surface.set_box_aspect(None, zoom=1.15)
         surface.set_facecolor("none")
-        for axis in (surface.xaxis, surface.yaxis, surface.zaxis):  # type: ignore[attr-defined]
-            axis.set_pane_color((0.5, 0.5, 0.5, 0.08))
+        surface.grid(False)
+        surface.tick_params(labelsize=6, pad=-3)
+        for axis in (surface.xaxis, surface.yaxis, surface.zaxis):
+            axis.set_pane_color((0.5, 0.5, 0.5, 0.12))
             axis.set_major_locator(few_ticks())
-        flat = figure.add_subplot(2, count, 1 + count + index)
-        drawn = flat.contourf(first, second, arrays.loss[index], levels, cmap=SURFACE)
+        flat = figure.add_subplot(places[1, index], sharey=flats[0] if flats else None)
+        drawn = flat.contourf(first, second, arrays.loss[index], levels, **scale)
         flat.contour(first, second, arrays.loss[index], levels, colors="black", linewidths=0.3)
         flat.plot(0, 0, marker="+", color="white", markersize=8)
         flat.set_aspect("equal")
         flat.set_xlabel("towards another class")
-        if index == 0:
-            flat.set_ylabel("towards a third class")
-    figure.colorbar(drawn, ax=figure.axes[1::2], label="cross-entropy, nats", shrink=0.8)
+        flat.tick_params(labelleft=not flats)
+        flats.append(flat)
+    flats[0].set_ylabel("towards a third class")
+    figure.colorbar(drawn, ax=flats, label="cross-entropy, nats")
     return figure
 
 
@@ -140,7 +146,8 @@ def draw_difficulty(arrays: Difficulty) -> Figure:
     """Figure 8: a line per student over intervals of difficulty, easy images to the left."""
     caption = (
         f"Test images in {len(arrays.count)} intervals of about {int(np.median(arrays.count)):,} by the cross-entropy "
-        f"of {arrays.reference}, trained on all real images. {_seeds(arrays.seed)} {_students(arrays)}"
+        f"of {arrays.reference}, trained on all real images. {_seeds(arrays, 'Mean and standard deviation of')} "
+        f"{_students(arrays)}"
     )
     figure = new_figure(f"Right predictions by difficulty, {arrays.dataset}", caption, 7.5, 4.6)
     axes = figure.subplots()
@@ -153,7 +160,7 @@ def draw_difficulty(arrays: Difficulty) -> Figure:
     axes.set_xticks(places, [f"{value:.2g}" for value in arrays.high])
     axes.set_xlabel("difficulty: cross-entropy up to, nats (easy images to the left)")
     axes.set_ylabel("right predictions, % of the interval")
-    axes.set_ylim(0, 100)
+    axes.set_ylim(-3, 103)
     axes.grid(True)
     figure.legend(loc="outside right upper")
     return figure
@@ -168,7 +175,7 @@ def describe_difficulty(arrays: Difficulty) -> str:
         else f"{name} {100 * own[0]:.0f} % of the easiest and {100 * own[-1]:.0f} % of the hardest images"
         for name, own in zip(arrays.set, share, strict=True)
     ]
-    return f"Students get right, of {arrays.dataset}'s test images by {arrays.reference}'s loss: {listed(parts)}."
+    return f"Right predictions on test images of {arrays.dataset} by {arrays.reference}'s loss: {listed(parts)}."
 
 
 @styled
@@ -176,7 +183,7 @@ def draw_calibration(arrays: Calibration) -> Figure:
     """A reliability diagram, and below it how sure students are."""
     caption = (
         f"Test images by intervals of the predicted class's probability, at temperature 1; ECE: expected calibration "
-        f"error. {_seeds(arrays.seed)} {_students(arrays)}"
+        f"error. {_seeds(arrays, 'Images of')} {_students(arrays)}"
     )
     figure = new_figure(f"Calibration of students, {arrays.dataset}", caption, 7, 5.6)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -196,7 +203,7 @@ def draw_calibration(arrays: Calibration) -> Figure:
         above.plot(confidence[held], accuracy[held], color=colours[name], marker=markers[name], label=label)
         below.stairs(100 * count[index] / count[index].sum(), edges, color=colours[name], linewidth=1.6)
     above.set_ylabel("accuracy, share")
-    above.set_ylim(0, 1)
+    above.set_ylim(-0.03, 1.03)
     below.set_ylabel("images, %")
     below.set_xlabel("confidence, share")
     for axes in (above, below):
@@ -221,7 +228,8 @@ def draw_classes(arrays: ClassAccuracy) -> Figure:
     """Accuracy class by class: by name where they are few, else each student's own order from best to worst."""
     many = len(arrays.name) > MANY_CLASSES
     order = "Each student's classes in its own order. " if many else ""
-    caption = f"Top-1 of each class on the test split. {order}{_seeds(arrays.seed)} {_students(arrays)}"
+    seeds = _seeds(arrays, "Mean of" if many else "Mean and standard deviation of")
+    caption = f"Top-1 of each class on the test split. {order}{seeds} {_students(arrays)}"
     figure = new_figure(f"Accuracy by class, {arrays.dataset}", caption, 7.5, 4.6)
     axes = figure.subplots()
     mean, deviation = _over_seeds(100 * arrays.accuracy)
@@ -242,7 +250,7 @@ def draw_classes(arrays: ClassAccuracy) -> Figure:
         slant = max(map(len, arrays.name)) > 4
         axes.set_xticks(places, arrays.name.tolist(), rotation=40 if slant else 0, ha="right" if slant else "center")
     axes.set_ylabel("top-1, %")
-    axes.set_ylim(0, 101)
+    axes.set_ylim(-3, 103)
     axes.grid(True)
     figure.legend(loc="outside right upper")
     return figure
@@ -278,6 +286,8 @@ def draw_divergence(arrays: LabelDivergence) -> Figure:
                 label=name if column == 0 else None,
             )  # fmt: skip
         axes.set_xscale("log")
+        shown = arrays.divergence[:, column][:, arrays.percent >= 1]  # the least of all would stretch the axis
+        axes.set_xlim(max(shown.min() / 2, 1e-9), 2 * shown.max())
         axes.set_title(f"temperature {arrays.temperature[column]:g}")
         axes.set_xlabel("divergence at most, nats")
         axes.grid(True)

@@ -11,6 +11,7 @@ import numpy as np
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import, and most commands draw nothing
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, without the yellow that white swallows; eyes that lack a colour tell seven apart, not ten.
@@ -76,11 +77,14 @@ def styled(draw: Callable[[Shown], Figure]) -> Draw[Shown]:
     return drawn
 
 
-def new_figure(title: str, caption: str, width: float, height: float) -> Figure:
-    """Return an empty figure of so many inches, its title above and what was measured below."""
+def new_figure(title: str, caption: str, width: float, height: float, *, square: bool = False) -> Figure:
+    """Return an empty figure of so many inches, its title above and what was measured below.
+
+    square: of panels that keep their shape, so that no room is left between them.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=115, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=100, layout="compressed" if square else "constrained")
     figure.suptitle(textwrap.fill(title, int(11 * width)), fontweight="bold")
     figure.supxlabel(textwrap.fill(caption, int(15.5 * width)), fontsize=7.5, x=0.5)
     return figure
@@ -105,11 +109,24 @@ def markers_of(names: Iterable[str]) -> dict[str, str]:
     return {name: MARKERS[index % len(MARKERS)] for index, name in enumerate(dict.fromkeys(names))}
 
 
-def few_ticks(whole: bool = False) -> Any:
-    """Return what places a handful of ticks on an axis; `whole`: at whole numbers."""
+def plain_ticks(axis: Axis, values: np.ndarray) -> None:
+    """Put plain numbers, a handful and no powers, on a logarithmic axis of `values`, all above 0."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    low, high = 0.7 * values.min(), 1.4 * values.max()
+    digits = (1, 2, 3, 5) if high < 100 * low else (1, 3) if high < 3000 * low else (1,)
+    known = np.array([digit * 10.0**power for power in range(-12, 12) for digit in digits])
+    inside = known[(known >= low) & (known <= high)]
+    axis.set_major_locator(FixedLocator((inside if len(inside) else values).tolist()))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def few_ticks(count: int = 4, *, whole: bool = False) -> Any:
+    """Return what places about `count` ticks at round numbers; `whole`: at whole ones."""
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(4, integer=whole)
+    return MaxNLocator(count, integer=whole)
 
 
 def bars_of(deviation: np.ndarray) -> np.ndarray | None:
