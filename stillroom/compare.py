@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from stillroom.data import FACTS, RealData
 from stillroom.distilled import DistilledSet, count_bytes, load_distilled
 from stillroom.errors import StillroomError
 from stillroom.files import write_atomic, write_json
-from stillroom.grid import Comparison, Entry, check_grid, set_name, slug
+from stillroom.grid import Comparison, Entry, check_grid, raw_bytes, set_name, slug
+from stillroom.manifest import LabelKind
 from stillroom.methods import METHODS
 from stillroom.paper import PAPER
 from stillroom.pipeline import (
@@ -72,6 +73,7 @@ class Work:
     student: StudentConfig
     recipe: Recipe  # of the set whose turn it is
     done: dict[str, dict[str, Any]] = field(default_factory=dict)  # what was trained, by name of cell and student
+    sets: set[str] = field(default_factory=set)  # names of the sets that were made or read back
 
     @property
     def students(self) -> list[StudentConfig]:
@@ -93,9 +95,9 @@ class Work:
             cell.distilled, self.real, student, self.comparison.seeds, self.plan, self.run, teachers=teachers,
             total_steps=cell.total_steps, cell=name,
         )  # fmt: skip
-        facts = {k: [round(100 * v, 3) for v in getattr(result, k)] for k in ("top1", "top5")}
-        steps, seconds = cell.total_steps, list(result.seconds)
-        self.done[f"{name}-{student.network}"] = facts | {"steps": steps, "seconds": seconds}
+        facts: dict[str, Any] = {k: [round(100 * v, 3) for v in getattr(result, k)] for k in ("top1", "top5")}
+        facts |= {"set": cell.set, "labels": cell.labels, "steps": cell.total_steps, "seconds": list(result.seconds)}
+        self.done[f"{name}-{student.network}"] = facts
         return result
 
 
@@ -132,17 +134,31 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
     for entry in entries:
         for row in compare_entry(entry, work):
             results["rows"].append(row)
+            note_label_gains(results["rows"])
             run.event("row", **row)
             write_tables(results, run.directory)
             if not run.show:  # where there are no bars, in a file say
                 print(say_row(row), file=sys.stderr, flush=True)
+    if others := {path.name for path in (run.directory / "sets").iterdir()} - work.sets:
+        run.notice(f"kept, but not in this table, since --grid.methods does not name them: {', '.join(sorted(others))}")
     return results
 
 
 def say_row(row: dict[str, Any]) -> str:
     """Return one line for a cell that is finished."""
     reached = f"failed: {row['error']}" if "error" in row else f"{row['mean']:.1f} %"
+    reached += "".join(f"; {control} failed: {error}" for control, error in row.get("failed_controls", {}).items())
     return f"{row['method']}, ipc {row['ipc']}, {row['labels']}, {row['student']}: {reached}"
+
+
+def note_label_gains(rows: list[dict[str, Any]]) -> None:
+    """Add to each row by soft labels what it is ahead of the same set by hard labels, where that is among the rows."""
+    same = ("method", "ipc", "matched_ipc", "student")
+    hard = {tuple(row[k] for k in same): row["top1"] for row in rows if row["labels"] == "hard" and "error" not in row}
+    for row in rows:
+        base = hard.get(tuple(row[k] for k in same))
+        if base is not None and row["labels"] != "hard" and "error" not in row:
+            row["over_hard"] = _paired(row["top1"], base)
 
 
 def write_tables(results: dict[str, Any], directory: Path) -> None:
@@ -222,22 +238,29 @@ def make_set(entry: Entry, work: Work) -> tuple[DistilledSet, float | None]:
         kept = distilled.manifest.label_kind in ("hard", "learned")
         return distilled if kept else distilled.with_labels(None), None
     recipe = replace(entry.recipe, labels=("hard",))  # others are units of the comparison
+    work.sets.add(set_name(entry))
     with Run(work.run.directory / "sets" / set_name(entry), parent=work.run) as own:
         settings = bound_settings(asdict(recipe) | {"labels": (), "labelled_by": None}, work.real)
         plan = type(work.plan)(**own.bind_config(settings, work.plan.as_dict()))
         return distill_recipe(recipe, own, work.real, work.teachers, plan), own.seconds_spent()
 
 
-def compare_cell(entry: Entry, saved: DistilledSet, labels: str, cells: list[Cell], work: Work) -> dict[str, Any]:
-    """Return the row of one set, kind of label and student: accuracy, differences to its controls, costs."""
+def compare_cell(entry: Entry, saved: DistilledSet, labels: LabelKind, cells: list[Cell], work: Work) -> dict[str, Any]:
+    """Return the row of one set, kind of label and student: accuracy, differences to its controls, costs.
+
+    A control that fails is marked, and takes nothing else of the row with it.
+    """
     own = next(cell for cell in cells if not cell.budgets and cell.labels == labels)
     result = work.train(own)
-    differences = {
-        f"{control.set} + {control.labels}, {budget}": _difference(result, work.train(control))
-        for control in cells
-        for budget, kind in control.budgets
-        if kind == labels
-    }
+    differences: dict[str, list[float | None]] = {}
+    failed: dict[str, str] = {}
+    matched = [(c, budget) for c in cells for budget, kind in c.budgets if kind == labels]
+    for control, budget in matched:
+        name = f"{control.set} + {control.labels}, {budget}"
+        try:
+            differences[name] = _paired(*([100 * v for v in found.top1] for found in (result, work.train(control))))
+        except FAILURES as error:
+            failed[name] = say(error)
     dynamic_bytes = result.label_bytes if labels == "dynamic" else 0
     return {
         "method": entry.name,
@@ -251,7 +274,18 @@ def compare_cell(entry: Entry, saved: DistilledSet, labels: str, cells: list[Cel
         "std": round(100 * result.std, 3) if len(result.top1) > 1 else None,
         "top5": [round(100 * v, 3) for v in result.top5],
         "differences": differences,
+        **({"failed_controls": failed} if failed else {}),
+        "holds": describe_content(own.distilled),
         "bytes": describe_labelled(own.distilled, saved, dynamic_bytes),
+        **(
+            {}
+            if work.comparison.grid.budget == "ipc" or entry.folder is not None
+            else {
+                "byte_budget": raw_bytes(
+                    replace(entry.recipe, method="random", ipc=entry.budget_ipc), work.real, labels
+                )
+            }
+        ),
         "dynamic_label_bytes": dynamic_bytes,
         "seconds": {"train": round(statistics.mean(result.seconds), 1)},
         "paper": paper_number(entry, labels, work.student, work.real),
@@ -293,6 +327,18 @@ def measure_duplication(distilled: DistilledSet, work: Work) -> float | None:
     return work.run.load_unit(unit)[0]["duplication"]  # type: ignore[no-any-return]
 
 
+def describe_content(distilled: DistilledSet) -> dict[str, float]:
+    """Return how many images, compensators and views a set holds, and images per class (its ipc is a budget)."""
+    compensators = 0 if distilled.compensators is None else distilled.compensators.codes.shape[:2].numel()
+    images, classes = len(distilled.images), len(distilled.manifest.class_names)
+    return {
+        "images": images,
+        "images_per_class": round(images / classes, 2),
+        "compensators": compensators,
+        "views": distilled.view_count,
+    }
+
+
 def describe_labelled(distilled: DistilledSet, saved: DistilledSet, dynamic_bytes: int) -> dict[str, Any]:
     """Return bytes and ratios of `distilled`: `saved` with other labels. What is on disk is not encoded again.
 
@@ -314,24 +360,37 @@ def paper_number(entry: Entry, labels: str, student: StudentConfig, real: RealDa
     not say how its random images were trained.
     """
     method, recipe = entry.recipe.method, replace(entry.recipe, student=student)
-    if entry.name != method or entry.folder is not None:
+    variant = variant_of(recipe)
+    if entry.folder is not None or (entry.name != method and variant == method):
         return None
+    recipe = replace(recipe, infer=replace(recipe.infer, teachers=None), labelled_by=None)
     for dataset in FACTS:
         infer, own = (f"{kind}-{dataset}-ipc{entry.budget_ipc}" for kind in ("infer", method))
         known = own in RECIPES and getattr(RECIPES[own], method, None) == getattr(recipe, method, None)
         if infer in RECIPES and (known or method == "random"):
             network = RECIPES[infer].student.network
             protocol = replace(recipe, method="infer", student=replace(student, network=network))
-            number = PAPER.get((dataset, entry.budget_ipc, method, labels, student.network))
+            number = PAPER.get((dataset, entry.budget_ipc, variant, labels, student.network))
             if number and is_preset(infer, protocol, real):
                 return list(number)
-        if known and is_preset(own, recipe, real) and labels in EXPECTED.get(own, {}):
+        if known and variant == method and is_preset(own, recipe, real) and labels in EXPECTED.get(own, {}):
             return [EXPECTED[own][labels], None]  # type: ignore[list-item]
     return None
 
 
-def _difference(of: Evaluation, control: Evaluation) -> list[float | None]:
-    paired = [100 * (a - b) for a, b in zip(of.top1, control.top1, strict=True)]
+def variant_of(recipe: Recipe) -> str:
+    """Return a method's name, with the teachers of its compensators and labels where these are not all."""
+    makers = recipe.infer.teachers if recipe.method == "infer" else None
+    chosen = [
+        f"{name}=[{','.join(names)}]" for name, names in (("teachers", makers), ("labelled_by", recipe.labelled_by))
+        if names is not None
+    ]  # fmt: skip
+    return ":".join([recipe.method, *([",".join(chosen)] if chosen else [])])
+
+
+def _paired(of: Sequence[float], control: Sequence[float]) -> list[float | None]:
+    """Return mean and standard deviation of the differences of two lists in percent, seed by seed."""
+    paired = [a - b for a, b in zip(of, control, strict=True)]
     return [round(statistics.mean(paired), 3), round(statistics.stdev(paired), 3) if len(paired) > 1 else None]
 
 

@@ -256,6 +256,10 @@ def _student_stages(
     content, network = _content(recipe, real, entry), recipe.student.network
     random = (recipe.ipc if entry is None else entry.budget_ipc) * real.classes
     method = recipe.method if entry is None else entry.name
+    # Naturals that are drawn are random images, and trained on once as both.
+    naturals = "random" if recipe.infer.naturals is None else "naturals"
+    if recipe.method == "infer" and not recipe.infer.compensators and (entry is None or entry.folder is None):
+        method = naturals
     batch = min(recipe.student.train.batch_size, content.views)
     seconds, memory = _time_training(build_network(network, real.classes, real.image_size), batch, real, plan)
     stages = []
@@ -269,7 +273,8 @@ def _student_stages(
                 if name == recipe.method or (name == "naturals" and not content.compensators) or kind == "learned":
                     continue
                 alone = round(epochs * count / min(batch, count))
-                cells |= {(f"{name}, {count}", kind, total, network) for total in (steps, alone)}
+                called = naturals if name == "naturals" else name
+                cells |= {(f"{called}, {count}", kind, total, network) for total in (steps, alone)}
         labelling = _time_labels(recipe, batch, real, plan) if labels == "dynamic" else 0.0
         each = sum(count * (seconds + labelling * (kind == labels)) for _, kind, count, _ in cells - known)
         work = f"{len(recipe.seeds)} seeds x {steps:,} steps of {batch}" + (" and controls" if len(cells) > 1 else "")

@@ -9,6 +9,8 @@ from __future__ import annotations
 # dataset -> ipc of the columns; the rows are (method, labels, student) -> mean ± std in these columns.
 _CIFAR10, _CIFAR100 = ("cifar10", (10, 50)), ("cifar100", (10, 50, 100))
 _TINY, _IMAGENET = ("tiny-imagenet", (10, 50)), ("imagenet", (10, 50))
+_R = "resnet18"  # the first of its teachers, and two and three of them
+_RM, _RME = f"{_R},mobilenet_v2", f"{_R},mobilenet_v2,efficientnet_b0"
 
 # fmt: off
 _ROWS = (
@@ -72,10 +74,24 @@ _ROWS = (
     (_CIFAR100, "sre2l",  "dynamic", "shufflenet_v2",   "11.8±0.7 27.5±1.1 -"),
     (_CIFAR100, "infer",  "static",  "shufflenet_v2",   "38.7±0.2 61.5±0.2 -"),
     (_CIFAR100, "infer",  "dynamic", "shufflenet_v2",   "30.9±0.5 62.1±0.2 -"),
+    # Table 3: fewer teachers' compensators, labelled by all
+    (_CIFAR100, f"infer:teachers=[{_R}]",      "static",  "resnet18", "40.9±0.1 59.7±0.2 -"),
+    (_CIFAR100, f"infer:teachers=[{_R}]",      "dynamic", "resnet18", "38.1±1.7 65.3±0.2 -"),
+    (_CIFAR100, f"infer:teachers=[{_RM}]",     "static",  "resnet18", "43.2±0.2 61.2±0.04 -"),
+    (_CIFAR100, f"infer:teachers=[{_RM}]",     "dynamic", "resnet18", "46.2±0.4 67.3±0.1 -"),
+    (_CIFAR100, f"infer:teachers=[{_RME}]",    "static",  "resnet18", "44.8±0.5 61.7±0.1 -"),
+    (_CIFAR100, f"infer:teachers=[{_RME}]",    "dynamic", "resnet18", "50.6±0.7 68.3±0.2 -"),
+    # Table 6: all teachers' compensators, labelled by fewer
+    (_CIFAR100, f"infer:labelled_by=[{_R}]",   "static",  "resnet18", "37.6±0.5 57.8±0.1 -"),
+    (_CIFAR100, f"infer:labelled_by=[{_R}]",   "dynamic", "resnet18", "46.4±0.2 69.0±0.1 -"),
+    (_CIFAR100, f"infer:labelled_by=[{_RM}]",  "static",  "resnet18", "42.7±0.1 61.3±0.3 -"),
+    (_CIFAR100, f"infer:labelled_by=[{_RM}]",  "dynamic", "resnet18", "53.2±1.0 70.2±0.3 -"),
+    (_CIFAR100, f"infer:labelled_by=[{_RME}]", "static",  "resnet18", "44.1±0.5 61.8±0.2 -"),
+    (_CIFAR100, f"infer:labelled_by=[{_RME}]", "dynamic", "resnet18", "53.0±0.6 69.0±0.1 -"),
 )
 # fmt: on
 
-Cell = tuple[str, int, str, str, str]  # dataset, ipc, method, labels, student
+Cell = tuple[str, int, str, str, str]  # dataset, ipc, method (as a grid names its variant), labels, student
 
 
 def _read_rows() -> dict[Cell, tuple[float, float]]:

@@ -313,17 +313,16 @@ def build_cells(
         """Return a set with labels of this kind: its own, or else those that the run keeps."""
         if holds_labels(sets[name], kind, recipe.pool):
             return sets[name]
-        unit = f"labels-{_unit(name, sets[name])}{labels_by}"
+        unit = f"labels-{_unit(sets[name])}{labels_by}"
         return attach_labels(sets[name], kind, labelled_by, plan, run, unit, recipe.pool, train)
 
     cells: list[Cell] = []
     for labels in recipe.labels:
         train = recipe.student.train_for(labels)
-        unit = _unit(method, distilled)
         own = labelled(method, labels, train)
         steps = steps_for(own, train)
         by = labels_by if labels not in ("hard", "learned") else ""
-        cells.append(Cell(f"{unit}-{labels}{by}-{steps}", method, labels, (), own, steps))
+        cells.append(Cell(f"{_unit(distilled)}-{labels}{by}-{steps}", method, labels, (), own, steps))
         controls = [("random", "hard"), ("random", labels), ("naturals", labels)]
         for name, kind in dict.fromkeys(controls):
             if name == method or name not in sets or kind == "learned":
@@ -334,8 +333,8 @@ def build_cells(
                 ("equal steps", steps),
             )
             for budget, total in budgets:
-                cell = f"{_unit(name, sets[name])}-{kind}{by}-{total}"
-                same = next((i for i, c in enumerate(cells) if c.name == cell), None)
+                cell = f"{_unit(sets[name])}-{kind}{by}-{total}"
+                same = next((i for i, c in enumerate(cells) if (c.name, c.set) == (cell, name) and c.budgets), None)
                 if same is None:
                     cells.append(Cell(cell, name, kind, ((budget, labels),), control, total))
                 else:  # one training that answers for both
@@ -347,9 +346,12 @@ def _short(text: str) -> str:
     return sha256_bytes(text.encode())[:8]
 
 
-def _unit(name: str, distilled: DistilledSet) -> str:
-    """Return what a set's labels and students are kept as: the same for the same set, whatever it is beside."""
-    return f"{name}-{distilled.fingerprint[:12]}"
+def _unit(distilled: DistilledSet) -> str:
+    """Return what a set's labels and students are kept as: the same for the same set, by whatever name.
+
+    INFER's naturals are the control of one set and, without compensators, a set of their own.
+    """
+    return distilled.fingerprint[:12]
 
 
 def holds_labels(distilled: DistilledSet, labels: str, pool: PoolConfig | None) -> bool:

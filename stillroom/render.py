@@ -39,7 +39,7 @@ def to_latex(header: Sequence[str], rows: Rows, caption: str = "") -> str:
     head, *body = [f"{line} \\\\" for line in lines]
     columns = "".join("r" if all(_NUMERIC.match(cell) for cell in cells) else "l" for cells in zip(*rows, strict=True))
     begin, end = f"\\begin{{tabular}}{{{columns or 'l' * len(header)}}}", "\\end{tabular}"
-    begin = f"% {_plain(caption)}\n{begin}" if caption else begin
+    begin = f"% {_plain(caption)}\n% \\usepackage{{booktabs}}\n{begin}" if caption else begin
     return "\n".join([begin, "\\toprule", head, "\\midrule", *body, "\\bottomrule", end]) + "\n"
 
 
@@ -62,13 +62,19 @@ def _plain(text: str) -> str:
 
 
 def caption_of(results: dict[str, Any]) -> str:
-    """Return what a comparison's table is of, in one sentence."""
+    """Return what a comparison's table is of, in a few sentences."""
     seeds = len(results["seeds"])
-    spread = "mean ± standard deviation, differences paired by seed" if seeds > 1 else "no spread"
+    spread = (
+        "mean ± standard deviation of students on one draw of each set, differences paired by seed"
+        if seeds > 1
+        else "no spread"
+    )
+    known = ", ".join(f"{name} {top['top1']:.1f} %" for name, top in results["teachers"].items())
     return (
         f"{results['dataset']['name']}, top-1 in % of the last epoch on the test split, {seeds} "
         f"seed{'s' if seeds > 1 else ''}: {spread}; protocol: {results['protocol']}; budgets by {results['budget']}. "
-        "Differences are to random images (with hard labels, with the same labels) and to the method's naturals alone."
+        "Differences are to random images (with hard labels, with the same labels), to the method's naturals alone and "
+        "to the same set with hard labels." + (f" Teachers: {known}." if known else "")
     )
 
 
@@ -84,32 +90,35 @@ def table_of(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return the header and the rows of a comparison's table as texts; `caption_of` says what the numbers are."""
     scored = any("scores" in row for row in results["rows"])
     header = [
-        "method", "ipc", "labels", "student", "steps", "top-1", *CONTROLS, "paper",
-        "images", "compensators", "labels, bytes", "ratio by bytes", "ratio as the paper", "distil s", "train s",
+        "method", "ipc", "labels", "student", "steps", "top-1", *CONTROLS, "vs its hard labels", "paper",
+        "images a class", "images, bytes", "compensators, bytes", "labels, bytes",
+        "ratio by bytes", "ratio as the paper", "distil s", "train s",
         "duplication", *(("LRS", "ARS", "HLR", "IOR") if scored else ()),
     ]  # fmt: skip
     rows = []
     for row in results["rows"]:
         ipc = str(row["ipc"]) if row["ipc"] == row["matched_ipc"] else f"{row['ipc']} (as bytes: {row['matched_ipc']})"
+        if "byte_budget" in row:
+            ipc += f", {sum(row['bytes']['raw'].values()) / row['byte_budget']:.0%} of the bytes"
         first = [row["method"], ipc, row["labels"], row["student"]]
         if "error" in row:
             rows.append([*first, "failed: " + row["error"], *[""] * (len(header) - 5)])
             continue
-        differences = [
-            _spread(
-                row["differences"].get(f"{control if '+' in control else f'{control} + ' + row['labels']}, {budget}"),
-                "+",
-            )
+        names = [
+            f"{control if '+' in control else f'{control} + ' + row['labels']}, {budget}"
             for control, budget in CONTROLS.values()
         ]
+        lost = row.get("failed_controls", {})
+        differences = ["failed" if n in lost else _spread(row["differences"].get(n), "+") for n in names]
         size, scores = row["bytes"]["raw"], row.get("scores", {})
         labels = f"{size['labels']:,}"
         if row["labels"] == "dynamic":  # made by the teachers as they are needed
             labels = f"0 ({row['dynamic_label_bytes']:,} if stored)"
         distil = row["seconds"]["distil"]
         rows.append([
-            *first, f"{row['steps']:,}", _spread([row["mean"], row["std"]]), *differences, _spread(row["paper"]),
-            f"{size['images']:,}", f"{size['compensators']:,}", labels,
+            *first, f"{row['steps']:,}", _spread([row["mean"], row["std"]]), *differences,
+            _spread(row.get("over_hard"), "+"), _spread(row["paper"]),
+            f"{row['holds']['images_per_class']:g}", f"{size['images']:,}", f"{size['compensators']:,}", labels,
             *(f"{100 * row['bytes'][ratio]:.2f} %" for ratio in ("raw_ratio", "paper_ratio")),
             "-" if distil is None else f"{distil:.0f}", f"{row['seconds']['train']:.0f}",
             "-" if row["duplication"] is None else f"{row['duplication']:.3f}",
@@ -121,22 +130,24 @@ def table_of(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def records_of(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return the header and the rows of a comparison for machines: a plain number a column, empty where there is none.
 
-    Nested keys are joined by dots; means and deviations stand apart; seeds' own accuracies are in comparison.json.
+    Nested keys are joined by dots; means and deviations stand apart; each seed has a column of its own.
     """
-    rows = [_flatten(row) for row in results["rows"]]
+    rows = [_flatten(row, results["seeds"]) for row in results["rows"]]
     header = list(dict.fromkeys(key for row in rows for key in row))
     return header, [[str(row.get(key, "")) for key in header] for row in rows]
 
 
-def _flatten(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(row: dict[str, Any], seeds: Sequence[int], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in row.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{name}.")
-        elif isinstance(value, list | tuple) and name not in ("top1", "top5"):
+            flat |= _flatten(value, seeds, f"{name}.")
+        elif name in ("top1", "top5"):
+            flat |= {f"{name}.seed{seed}": each for seed, each in zip(seeds, value, strict=True)}
+        elif isinstance(value, list | tuple):
             flat |= {f"{name}.mean": value[0], f"{name}.std": value[1]}
-        elif name not in ("top1", "top5"):
+        else:
             flat[name] = value
     return {name: value for name, value in flat.items() if value is not None}
 

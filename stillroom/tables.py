@@ -58,12 +58,13 @@ def show_comparison(results: dict[str, Any]) -> None:
     """Print a comparison's rows: accuracy and differences, then what they cost, then what failed."""
     header, rows = table_of(results)
     kept = [row for row in rows if not row[4].startswith("failed")]
-    costs = header.index("images")
+    costs = header.index("images a class")
     parts = {
         f"{results['dataset']['name']}, budgets by {results['budget']}, top-1 in %": ("steps", "top-1", "paper"),
-        "Ahead of its controls, in points of top-1": tuple(CONTROLS),
-        "What it costs, in bytes and seconds": header[costs : costs + 8],
-        "Scores": header[costs + 8 :],
+        "Ahead of its controls, in points of top-1": (*CONTROLS, "vs its hard labels"),
+        "What it holds and costs": header[costs : costs + 4],
+        "How small it is, and what it took": header[costs + 4 : costs + 9],
+        "Scores": header[costs + 9 :],
     }
     for title, names in parts.items():
         # What no row has, and a student that all have, would only take the room of numbers.
@@ -77,6 +78,8 @@ def show_comparison(results: dict[str, Any]) -> None:
     for row in results["rows"]:
         if "error" in row:
             print(f"failed: {row['method']}, ipc {row['ipc']}, {row['labels']}, {row['student']}: {row['error']}")
+        for control, error in row.get("failed_controls", {}).items():
+            print(f"failed: {control}, beside {row['method']}, ipc {row['ipc']}, {row['labels']}: {error}")
     print(caption_of(results))
 
 

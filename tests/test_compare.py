@@ -40,10 +40,11 @@ def run_grid(recipe: Recipe, directory: Path, **grid: Any) -> dict[str, Any]:
         return json.loads(json.dumps(compare.compare(comparison, run, "toy")))
 
 
-def find(trainings: dict[str, Any], begin: str, end: str) -> Any:
-    """The one training of a set, whose hash stands between, that is called so."""
-    (found,) = [t for name, t in trainings.items() if re.fullmatch(f"{begin}-[0-9a-f]{{12}}-{end}", name)]
-    return found
+def find(trainings: dict[str, Any], set_: str, end: str) -> Any:
+    """The one training of a set that ends so: after the set's hash."""
+    found = [t for name, t in trainings.items() if t["set"] == set_ and re.fullmatch(f"[0-9a-f]{{12}}-{end}", name)]
+    assert len(found) == 1
+    return found[0]
 
 
 def without_times(results: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +102,8 @@ def test_random_images_are_trained_on_once_though_they_are_a_method_and_a_contro
     )  # random: hard and static at 4 and 6 steps; naturals: 3 and 6; infer: 6
     run_grid(recipe, tmp_path / "run", methods=("random", "infer", "infer:statistics_weight=0"), ipc=(4, 3))
     assert len(trained) == len(set(trained))  # the grid grew, and nothing was done twice
-    assert len(relabelled) == 3 + 5  # the grid's sets, and the naturals of each budget and slot count
+    # The grid's sets, and the naturals of each budget; those of 4 images are the random images of 3.
+    assert len(relabelled) == 3 + 4
 
 
 def test_variants_whose_naturals_differ_share_neither_labels_nor_students(toy_recipe: Recipe, tmp_path: Path) -> None:
@@ -113,7 +115,7 @@ def test_variants_whose_naturals_differ_share_neither_labels_nor_students(toy_re
         torch.save((real.train.batch(chosen) / 255 - mean) / std, tmp_path / f"tensor_{slot}.pt")
     recipe = replace(toy_recipe, labels=("static",), seeds=(0,))
     trainings = run_grid(recipe, tmp_path / "run", methods=("infer", f"infer:naturals={tmp_path}"))["trainings"]
-    assert len([name for name in trainings if re.fullmatch("naturals-[0-9a-f]{12}-static-6-toynet", name)]) == 2
+    assert len([name for name, t in trainings.items() if t["set"] == "naturals" and "-static-6-" in name]) == 2
 
 
 def test_a_second_time_nothing_is_computed(toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,11 +356,13 @@ def test_scores_stand_beside_soft_labels_and_are_made_of_their_own_trainings(
     results = run_grid(replace(toy_recipe, labels=("static",)), tmp_path / "run", methods=("infer",), scores=True)
     hard, static = results["rows"]
     assert "scores" not in hard
-    trainings = {name: np.mean(t["top1"]) / 100 for name, t in results["trainings"].items()}
     found = static["scores"]
-    own, hard, bare = (find(trainings, "infer", f"{kind}-toynet") for kind in ("static-6", "hard-6", "static-6-plain"))
-    augmented = own - find(trainings, "random", "static-6-toynet")
-    plain = bare - find(trainings, "random", "static-6-plain-toynet")
+
+    def mean(set_: str, end: str) -> Any:
+        return np.mean(find(results["trainings"], set_, f"{end}-toynet")["top1"]) / 100
+
+    own, hard, bare = (mean("infer", kind) for kind in ("static-6", "hard-6", "static-6-plain"))
+    augmented, plain = own - mean("random", "static-6"), bare - mean("random", "static-6-plain")
     recovery = results["teachers"]["toynet"]["top1"] / 100 - hard
     assert (found["IOR"], found["IOR_plain"]) == pytest.approx((augmented, plain), abs=2e-5)
     assert found["HLR"] == pytest.approx(recovery, abs=2e-4)
@@ -370,7 +374,7 @@ def test_the_papers_numbers_are_in_order() -> None:
     assert paper.PAPER["cifar100", 10, "infer", "static", "resnet18"] == (45.2, 0.04)
     assert paper.PAPER["imagenet", 50, "gvbsm", "dynamic", "resnet101"] == (61.0, 0.4)
     assert ("tiny-imagenet", 10, "sre2l", "dynamic", "resnet18") not in paper.PAPER
-    assert len(paper.PAPER) == 16 + 22 + 14 + 42 + 24
+    assert len(paper.PAPER) == 16 + 22 + 14 + 42 + 24 + 24
     for (dataset, ipc, method, kind, student), (mean, _) in paper.PAPER.items():
         if method == "infer" and student == "resnet18":
             assert EXPECTED[f"infer-{dataset}-ipc{ipc}"][kind] == mean
@@ -516,7 +520,7 @@ def test_who_labels_is_a_variant_and_shares_the_set(
     results = run_grid(recipe, tmp_path / "run", methods=methods)
     assert [row["method"] for row in results["rows"]] == list(methods)
     assert sorted(path.name for path in (tmp_path / "run" / "sets").iterdir()) == ["infer-ipc4", "random-ipc4"]
-    assert len([name for name in results["trainings"] if name.startswith("random") and "static" in name]) == 6
+    assert sum((t["set"], t["labels"]) == ("random", "static") for t in results["trainings"].values()) == 6
     with pytest.raises(StillroomError, match="labelled_by names 'third', which is not among the teachers"):
         run_grid(recipe, tmp_path / "run", methods=("infer:labelled_by=[third]",))
 
@@ -538,7 +542,7 @@ def test_a_set_that_is_there_already_stands_in_the_table_beside_random_images(
 def test_every_difference_and_the_protocol_stand_in_the_table(toy_recipe: Recipe, tmp_path: Path) -> None:
     results = run_grid(replace(toy_recipe, labels=("static",)), tmp_path / "run", methods=("infer",))
     header, (row,) = render.table_of(results)
-    shown = {name: text for name, text in zip(header, row, strict=True) if name.startswith("vs ")}
+    shown = {name: text for name, text in zip(header, row, strict=True) if name in render.CONTROLS}
     for name, (mean, std) in results["rows"][0]["differences"].items():
         column = f"vs {name}" if "hard" in name else f"vs {name.replace(' + static', '')}"
         assert shown.pop(column) == render._spread([mean, std], "+")
@@ -563,6 +567,111 @@ def test_published_numbers_stand_beside_the_published_cells_alone(toy_recipe: Re
     infer = find_recipe("infer-cifar100-ipc10")
     random = grid.Entry("random", 10, replace(infer, method="random"))
     assert compare.paper_number(random, "hard", infer.student, cifar) == [15.8, 0.2]
+
+
+def test_the_papers_ablations_stand_beside_fewer_teachers_of_compensators_or_labels() -> None:
+    """Its Tables 3 and 6, where nothing else differs from the preset."""
+    infer, real = find_recipe("infer-cifar100-ipc10"), FACTS["cifar100"]
+    first, second = infer.teachers.networks[:2]
+    for method, expected in (
+        (f"infer:teachers=[{first}]", [38.1, 1.7]),
+        (f"infer:teachers=[{first},{second}]", [46.2, 0.4]),
+        (f"infer:labelled_by=[{first},{second}]", [53.2, 1.0]),
+        (f"infer:teachers=[{second}]", None),
+        (f"infer:teachers=[{first}],labelled_by=[{first}]", None),
+        (f"infer:teachers=[{first}],steps=3", None),
+        (f"sre2l:labelled_by=[{first}]", None),
+    ):
+        entry = grid.Entry(method, 10, grid.read_method(method, infer))
+        assert compare.paper_number(entry, "dynamic", infer.student, real) == expected  # type: ignore[arg-type]
+
+
+def test_naturals_are_trained_on_once_as_a_control_and_as_a_set_without_compensators(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(toy_recipe, labels=("static",), seeds=(0,))
+    before = run_grid(recipe, tmp_path / "run", methods=("infer",))["trainings"]
+    monkeypatch.setattr(labels, "ensemble_logits", lambda *_: pytest.fail("labelled again"))
+    grown = run_grid(recipe, tmp_path / "run", methods=("infer", "infer:compensators=false"))["trainings"]
+    naturals = find(before, "naturals", "static-3-toynet")
+    assert (
+        find(grown, "infer-compensators-false-" + compare.slug("infer:compensators=false")[-6:], "static-3-toynet")[
+            "seconds"
+        ]
+        == naturals["seconds"]
+    )
+
+
+def test_a_control_that_fails_is_marked_and_takes_nothing_else_with_it(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = compare.Work.train
+
+    def fail_random(work: compare.Work, cell: Any, plain: bool = False) -> Any:
+        if cell.set == "random" and cell.labels == "static":
+            raise StillroomError("its unit is damaged")
+        return train(work, cell, plain)
+
+    monkeypatch.setattr(compare.Work, "train", fail_random)
+    recipe = replace(toy_recipe, labels=("static",), seeds=(0,))
+    results = run_grid(recipe, tmp_path / "run", methods=("infer",))
+    (row,) = results["rows"]
+    assert row["failed_controls"]["random + static, equal steps"] == "its unit is damaged"
+    header, (texts,) = render.table_of(results)
+    shown = dict(zip(header, texts, strict=True))
+    assert (shown["vs random, equal steps"], shown["vs random + hard, equal steps"][0]) == ("failed", "+")
+    assert shown["top-1"] == f"{row['mean']:.1f}"
+
+
+def test_soft_labels_stand_beside_the_hard_ones_of_the_same_set_in_whatever_order(
+    toy_recipe: Recipe, tmp_path: Path
+) -> None:
+    recipe = replace(toy_recipe, labels=("static", "hard"))
+    results = run_grid(recipe, tmp_path / "run", methods=("random", "infer"))
+    for static, hard in zip(results["rows"][::2], results["rows"][1::2], strict=True):
+        assert (static["labels"], hard["labels"], static["method"]) == ("static", "hard", hard["method"])
+        gains = np.array(static["top1"]) - np.array(hard["top1"])
+        assert static["over_hard"] == pytest.approx([np.mean(gains), np.std(gains, ddof=1)], abs=2e-3)
+        assert "over_hard" not in hard
+
+
+def test_each_seed_has_its_column_for_machines_and_the_caption_says_of_what_the_spread_is(
+    toy_recipe: Recipe, tmp_path: Path
+) -> None:
+    recipe = replace(toy_recipe, labels=("static",), seeds=(3, 5))
+    (row,) = run_grid(recipe, tmp_path / "run", methods=("infer",))["rows"]
+    (record,) = csv.DictReader((tmp_path / "run/table.csv").read_text().splitlines())
+    for place, seed in enumerate((3, 5)):
+        assert float(record[f"top1.seed{seed}"]) == row["top1"][place]
+        assert float(record[f"top5.seed{seed}"]) == row["top5"][place]
+    assert float(record["holds.images_per_class"]) == 3
+    caption = (tmp_path / "run/table.md").read_text().splitlines()[-1]
+    assert "of students on one draw of each set" in caption
+    assert "Teachers: toynet " in caption
+
+
+def test_what_a_set_uses_of_its_byte_budget_is_shown(toy_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = replace(toy_recipe, labels=("static",), seeds=(0,))
+    results = run_grid(recipe, tmp_path / "run", methods=("random", "infer"), budget="bytes")
+    random, infer = results["rows"]
+    assert infer["byte_budget"] == sum(random["bytes"]["raw"].values())
+    share = sum(infer["bytes"]["raw"].values()) / infer["byte_budget"]
+    assert 0.5 < share < 1
+    _, texts = render.table_of(results)
+    assert (texts[0][1], texts[1][1]) == (
+        "4, 100% of the bytes",
+        f"4 (as bytes: {infer['matched_ipc']}), {share:.0%} of the bytes",
+    )
+
+
+def test_sets_that_the_grid_no_longer_names_are_told_of(
+    toy_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = replace(toy_recipe, labels=("hard",), seeds=(0,))
+    run_grid(recipe, tmp_path / "run", methods=("random", "infer"))
+    assert "not in this table" not in capsys.readouterr().err
+    run_grid(recipe, tmp_path / "run", methods=("random",))
+    assert "not in this table, since --grid.methods does not name them: infer-ipc4" in capsys.readouterr().err
 
 
 def test_students_of_the_grid_have_rows_of_their_own_and_unknown_ones_are_refused(

@@ -96,13 +96,17 @@ Setting = tuple[str, float, tuple[float, float], tuple[float, float]]
 
 def _gains_of_comparison(results: dict[str, Any]) -> Iterator[Setting]:
     rows = [row for row in results["rows"] if "error" not in row]
-    own = [row for row in rows if f"naturals + {row['labels']}, equal steps" in row["differences"]]
+    own = [row for row in rows if all(key in row["differences"] for key in _naturals_of(row))]  # a control may fail
     several = {key: len({row[key] for row in own}) > 1 for key in ("method", "student")}
     for row in own:
         name = ", ".join([f"ipc {row['ipc']}", row["labels"], *(row[key] for key in several if several[key])])
-        found = [row["differences"][f"naturals + {row['labels']}, equal {budget}"] for budget in ("epochs", "steps")]
+        found = [row["differences"][key] for key in _naturals_of(row)]
         epochs, steps = ((mean, math.nan if deviation is None else deviation) for mean, deviation in found)
         yield name, row["mean"], epochs, steps
+
+
+def _naturals_of(row: dict[str, Any]) -> list[str]:
+    return [f"naturals + {row['labels']}, equal {budget}" for budget in ("epochs", "steps")]
 
 
 def _gains_of_run(results: dict[str, Any]) -> Iterator[Setting]:
