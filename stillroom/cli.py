@@ -8,6 +8,7 @@
     stillroom inspect | verify DIR             what a distilled set holds | whether it is whole
     stillroom import SET --data.source ...     a set that others published, into the artifact
     stillroom export DIR OUT --to ...          a set's views, for other people's scripts
+    stillroom figure NAME RUN ...              a figure of finished runs, and its data; without words: which there are
     stillroom recipes | clean                  what there is to run | what the teacher cache holds
 
 Trained teachers are kept in a cache: --teachers.cache DIR (clean: --cache DIR), or else the environment variable
@@ -41,6 +42,7 @@ from stillroom.errors import StillroomError, TimeLimitReached, UsageError, sugge
 from stillroom.estimate import estimate_comparison, estimate_recipe
 from stillroom.exchange import ImportConfig, import_set
 from stillroom.export import ExportLayout, export_set
+from stillroom.figure_command import figure_command
 from stillroom.files import read_json, require_free_folder, write_json
 from stillroom.grid import Comparison, Grid, comparison_of
 from stillroom.labels import PoolConfig, attach_labels
@@ -434,6 +436,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "verify": verify_command,
     "import": import_command,
     "export": export_command,
+    "figure": figure_command,
     "recipes": recipes_command,
     "clean": clean_command,
 }

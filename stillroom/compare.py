@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from stillroom.analysis.duplication import feature_duplication
 from stillroom.compute import Plan
 from stillroom.data import FACTS, RealData
 from stillroom.distilled import DistilledSet, count_bytes, load_distilled
@@ -32,7 +32,6 @@ from stillroom.files import write_atomic, write_json
 from stillroom.grid import Comparison, Entry, check_grid, raw_bytes, set_name, slug
 from stillroom.manifest import LabelKind
 from stillroom.methods import METHODS
-from stillroom.networks import penultimate_features
 from stillroom.paper import PAPER
 from stillroom.pipeline import (
     Cell,
@@ -57,9 +56,6 @@ from stillroom.scores import (
 )
 from stillroom.students import Evaluation, StudentConfig, evaluate
 from stillroom.teachers import Teacher, load_teachers
-from stillroom.train import apply_normalization, fit_batch
-
-FEATURE_BATCH = 256
 
 # What a cell may fail of without losing the others: bad input, memory, a matrix that no routine decomposes.
 FAILURES = (StillroomError, RuntimeError)
@@ -353,33 +349,6 @@ def measure_duplication(distilled: DistilledSet, work: Work) -> float | None:
         work.run.notice(f"feature duplication is not measured: {error}")
         return None
     return made["duplication"]  # type: ignore[no-any-return]
-
-
-def feature_duplication(distilled: DistilledSet, teacher: Teacher, plan: Plan) -> float:
-    """Return the mean cosine similarity between two views of a class (Section 4.4), averaged over the classes.
-
-    Of the penultimate features of `teacher`, the first of the recipe; the paper does not say of what.
-    """
-    normalization = distilled.manifest.normalization
-    blocks = []
-    for rows in torch.arange(distilled.view_count).split(fit_batch(FEATURE_BATCH, distilled.manifest.image_size[0])):
-        views = apply_normalization(distilled.form_views(rows).to(plan.device), normalization.mean, normalization.std)
-        blocks.append(penultimate_features(teacher.model, views).cpu())
-    features = torch.nn.functional.normalize(torch.cat(blocks))
-    classes = distilled.labels[distilled.view_table()[:, 0]].cpu()
-    values = [mean_similarity(features[classes == index]) for index in classes.unique()]
-    return round(statistics.mean(values), 5)
-
-
-def mean_similarity(features: Tensor) -> float:
-    """Return the mean cosine over all pairs of rows [n, features] of length 1; 1 where there is a single row.
-
-    The square of the rows' sum holds every pair twice, and each row with itself.
-    """
-    count = len(features)
-    if count == 1:
-        return 1.0
-    return (float(features.double().sum(0).square().sum()) - count) / (count * (count - 1))
 
 
 def describe_content(distilled: DistilledSet) -> dict[str, float]:

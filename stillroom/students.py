@@ -276,6 +276,27 @@ def train_student(
 
     `made_by`: a hash of set and labels, without which an unfinished `unit` is not gone on with.
     """
+    _, history = fit_student(distilled, real, config, train, steps, seed, teachers, plan, run, unit, made_by=made_by)
+    best = max(row["top1"] for row in history if "top1" in row)
+    last = {k: history[-1][k] for k in ("top1", "top5", "seconds")}
+    return {**last, "best": best, "history": history}
+
+
+def fit_student(
+    distilled: DistilledSet,
+    real: RealData,
+    config: StudentConfig,
+    train: TrainConfig,
+    steps: int,
+    seed: int,
+    teachers: list[Teacher],
+    plan: Plan,
+    run: Run,
+    unit: str,
+    *,
+    made_by: str = "",
+) -> tuple[nn.Module, list[dict[str, float]]]:
+    """Train one student as `train_student` does and return the network itself, in eval mode, and its history."""
     normalization = distilled.manifest.normalization
     model = build_network(
         config.network, real.classes, real.image_size, seed=derive_seed(seed, "student", config.network)
@@ -300,9 +321,7 @@ def train_student(
         measure=lambda m: measure_accuracy(m, real.test, normalization.mean, normalization.std, plan),
         measure_every_epochs=config.measure_every_epochs,
     )
-    best = max(row["top1"] for row in history if "top1" in row)
-    last = {k: history[-1][k] for k in ("top1", "top5", "seconds")}
-    return {**last, "best": best, "history": history}
+    return model.eval(), history
 
 
 def build_draws(

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stillroom import cli, compare, estimate, grid, labels, paper, render, scores, students, teachers
+from stillroom.analysis.duplication import feature_duplication, mean_over_classes, mean_similarity
 from stillroom.compute import Plan
 from stillroom.data import FACTS, load_real
 from stillroom.distilled import count_bytes, load_distilled
@@ -322,16 +323,22 @@ def test_mean_similarity_is_the_mean_over_all_pairs() -> None:
     features = torch.nn.functional.normalize(torch.randn(7, 5, generator=torch.Generator().manual_seed(0)))
     cosines = (features @ features.T).numpy()
     pairs = [cosines[i, j] for i in range(7) for j in range(7) if i != j]
-    assert compare.mean_similarity(features) == pytest.approx(float(np.mean(pairs)), abs=1e-6)
-    assert compare.mean_similarity(features[:1]) == 1.0
+    assert mean_similarity(features) == pytest.approx(float(np.mean(pairs)), abs=1e-6)
+
+
+def test_a_class_of_one_view_has_no_pairs_and_counts_for_nothing() -> None:
+    features = torch.nn.functional.normalize(torch.randn(4, 5, generator=torch.Generator().manual_seed(0)))
+    alone = mean_over_classes(features, torch.tensor([0, 0, 0, 1]))
+    assert alone == mean_over_classes(features[:3], torch.zeros(3, dtype=torch.int64))
+    assert mean_over_classes(features, torch.arange(4)) is None
 
 
 def test_equal_views_are_duplicates_and_real_images_are_less(toy_recipe: Recipe, tmp_path: Path, plan: Plan) -> None:
     real, teacher = load_real(toy_recipe.data), build_toy_teacher()
     distilled = select.distill_random(real, [], 3, select.RandomConfig(), 0, plan, Run())
     first_of_class = replace(distilled, images=distilled.images[distilled.labels])  # slot 0 stands first
-    assert compare.feature_duplication(first_of_class, teacher, plan) == pytest.approx(1, abs=1e-4)
-    assert compare.feature_duplication(distilled, teacher, plan) < 0.99
+    assert feature_duplication(first_of_class, teacher, plan) == pytest.approx(1, abs=1e-4)
+    assert feature_duplication(distilled, teacher, plan) < 0.99
     rows = run_grid(replace(toy_recipe, labels=("hard",), seeds=(0,)), tmp_path / "run")["rows"]
     assert all(0 < row["duplication"] < 1 for row in rows)
 
