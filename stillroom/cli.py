@@ -273,7 +273,7 @@ def compare_command(words: list[str]) -> int:
         f"table: {out / 'table.md'}, .tex, .csv; all numbers: {out / 'comparison.json'}; "
         f"sets, without soft labels: {out / 'sets'}"
     )
-    return FAILED if any({"error", "failed_controls"} & row.keys() for row in results["rows"]) else OK
+    return FAILED if any({"error", "failed"} & row.keys() for row in results["rows"]) else OK
 
 
 def squeeze_command(words: list[str]) -> int:

@@ -14,6 +14,7 @@ is marked in the table and does not lose the others.
 from __future__ import annotations
 
 import functools
+import json
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ from stillroom.compute import Plan
 from stillroom.data import FACTS, RealData
 from stillroom.distilled import DistilledSet, count_bytes, load_distilled
 from stillroom.errors import StillroomError
-from stillroom.files import write_atomic, write_json
+from stillroom.files import read_json, write_atomic, write_json
 from stillroom.grid import Comparison, Entry, check_grid, raw_bytes, set_name, slug
 from stillroom.manifest import LabelKind
 from stillroom.methods import METHODS
@@ -57,8 +58,15 @@ from stillroom.scores import (
 from stillroom.students import Evaluation, StudentConfig, evaluate
 from stillroom.teachers import Teacher, load_teachers
 
-# What a cell may fail of without losing the others: bad input, memory, a matrix that no routine decomposes.
-FAILURES = (StillroomError, RuntimeError)
+# What a cell may fail of without losing the others: bad input, memory, a matrix that no routine decomposes, whatever a
+# method has overlooked. What stops the run is none of these.
+FAILURES = (
+    ValueError, RuntimeError, MemoryError, OSError, TypeError, AttributeError, LookupError, ArithmeticError,
+    AssertionError,
+)  # fmt: skip
+
+
+ROW_KEYS = ("method", "ipc", "matched_ipc", "labels", "student")  # what a row is known by
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class Work:
     teachers: list[Teacher]
     plan: Plan
     run: Run
-    references: dict[str, float]  # network -> its accuracy when trained on all real images
+    references: dict[str, float | str]  # network -> its accuracy when trained on all real images, or why it has none
     student: StudentConfig
     recipe: Recipe  # of the set whose turn it is
     done: dict[str, dict[str, Any]] = field(default_factory=dict)  # what was trained, by name of cell and student
@@ -119,27 +127,30 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
     teachers = load_teachers(real, comparison.teachers, plan, run) if needed else []
     references = measure_references(comparison, real, plan, run)
     work = Work(comparison, real, teachers, plan, run, references, comparison.student, comparison)
-    networks = comparison.labelled_by or comparison.teachers.networks
     results: dict[str, Any] = {
         "recipe": name,
         "dataset": {"name": real.name, "classes": real.classes, "train": len(real.train), "test": len(real.test)},
         "teachers": {t.name: {k: round(100 * v, 2) for k, v in t.accuracy.items()} for t in teachers},
         "seeds": list(comparison.seeds),
         "budget": comparison.grid.budget,
-        "protocol": name_protocol(comparison.student, real.image_size, comparison.labels, networks),
+        "protocol": "",
         "rows": [],
         "trainings": work.done,
         "provenance": made_by,
         "settings": asdict(comparison),
     }
-    rows: dict[tuple[int, int], dict[str, Any]] = {}  # by the numbers of the entry and of its row
+    # By the numbers of the entry and of its row. Those of the run before stand there until they are made again.
+    rows = read_rows(entries, work)
+    made: set[tuple[int, int]] = set()
 
     def fill(number: int) -> None:
         for place, row in compare_entry(entries[number], work):
-            if (number, place) in rows:  # of an entry that was put off, read back
+            if (number, place) in made:  # of an entry that was put off, read back
                 continue
+            made.add((number, place))
             rows[number, place] = row
             results["rows"] = [rows[key] for key in sorted(rows)]
+            results["protocol"] = ", ".join(sorted({r["protocol"] for r in results["rows"]} - {""}))
             note_label_gains(results["rows"])
             run.event("row", **row)
             write_tables(results, directory)
@@ -148,15 +159,38 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
 
     for _ in run.in_any_order([functools.partial(fill, number) for number in range(len(entries))]):
         pass
-    if others := {path.name for path in (directory / "sets").iterdir()} - work.sets:
+    if others := {path.name for path in (directory / "sets").glob("*/")} - work.sets:
         run.notice(f"kept, but not in this table, since --grid.methods does not name them: {', '.join(sorted(others))}")
     return results
+
+
+def read_rows(entries: Sequence[Entry], work: Work) -> dict[tuple[int, int], dict[str, Any]]:
+    """Return the rows that the directory's comparison.json has of these entries, of the same seeds and not failed."""
+    assert work.run.directory is not None
+    path = work.run.directory / "comparison.json"
+    stored = read_json(path) if path.exists() else {"rows": [], "seeds": [], "provenance": {}}
+    same = ("libraries", "plan")  # of another version rows may have other keys
+    here = json.loads(json.dumps(provenance(work.plan)))
+    if stored["seeds"] != list(work.comparison.seeds) or any(stored["provenance"].get(k) != here[k] for k in same):
+        return {}
+    known = {tuple(row.get(k) for k in ROW_KEYS): row for row in stored["rows"] if "error" not in row}
+    keys = {
+        (number, place): (entry.name, entry.budget_ipc, entry.recipe.ipc, labels, student.network)
+        for number, entry in enumerate(entries)
+        for place, (student, labels) in enumerate(rows_of(entry, work))
+    }
+    return {key: known[names] for key, names in keys.items() if names in known}
+
+
+def rows_of(entry: Entry, work: Work) -> list[tuple[StudentConfig, LabelKind]]:
+    """Return the student and the kind of label of each row of one distilled set, in their order."""
+    return [(student, labels) for student in work.students for labels in entry.recipe.labels]
 
 
 def say_row(row: dict[str, Any]) -> str:
     """Return one line for a cell that is finished."""
     reached = f"failed: {row['error']}" if "error" in row else f"{row['mean']:.1f} %"
-    reached += "".join(f"; {control} failed: {error}" for control, error in row.get("failed_controls", {}).items())
+    reached += "".join(f"; {what} failed: {error}" for what, error in row.get("failed", {}).items())
     return f"{row['method']}, ipc {row['ipc']}, {row['labels']}, {row['student']}: {reached}"
 
 
@@ -186,32 +220,29 @@ def shared_settings(settings: dict[str, Any], real: RealData) -> dict[str, Any]:
     return {k: v for k, v in kept.items() if k not in ("method", "ipc", "labels", "grid")} | always
 
 
-def measure_references(comparison: Comparison, real: RealData, plan: Plan, run: Run) -> dict[str, float]:
+def measure_references(comparison: Comparison, real: RealData, plan: Plan, run: Run) -> dict[str, float | str]:
     """Return each student network's accuracy when trained on all real images with hard labels, as teachers are.
 
-    One that cannot be trained so has none, and its cells no scores.
+    One that cannot be trained so has a message instead, which its cells have for their scores.
     """
     if not comparison.grid.scores:
         return {}
-    found = {}
+    found: dict[str, float | str] = {}
     for name in comparison.grid.students or (comparison.student.network,):
         config = replace(comparison.teachers, networks=(name,), checkpoints=(), source="train")
         try:
             found[name] = load_teachers(real, config, plan, run)[0].accuracy["top1"]
         except FAILURES as error:
-            run.notice(f"no scores of {name}: {say(error)}")
+            found[name] = f"{name} on all real images: {say(error)}"
     return found
 
 
 def compare_entry(entry: Entry, work: Work) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the rows of one distilled set, one for each student and kind of label, with their places among them."""
-    asked = [(student, labels) for student in work.students for labels in entry.recipe.labels]
+    asked = rows_of(entry, work)
     try:
         distilled, seconds = make_set(entry, work)
-        random = None
-        if work.comparison.controls and entry.name != "random":
-            control = replace(entry.recipe, method="random", ipc=entry.budget_ipc)  # of equal bytes, where those count
-            random, _ = make_set(Entry("random", entry.budget_ipc, control), work)
+        random, failed = make_random(entry, work)
         duplication = measure_duplication(distilled, work)
     except FAILURES as error:
         yield from enumerate(_failed(entry, student, labels, error, work) for student, labels in asked)
@@ -221,20 +252,37 @@ def compare_entry(entry: Entry, work: Work) -> Iterator[tuple[int, dict[str, Any
         # No random images have learned labels, to compare by.
         scored = labels not in ("hard", "learned") and student.network in work.references
         recipe = replace(entry.recipe, student=student, labels=("hard", labels) if scored else (labels,))
+        recipe = replace(recipe, controls=recipe.controls and not failed)
         own = replace(work, student=student, recipe=recipe)
         try:
             cells = build_cells(
                 recipe, distilled, work.real, work.teachers, work.plan, work.run, slug(entry.name), random
             )
             row = compare_cell(entry, distilled, labels, cells, own)
-            if scored:
-                row["scores"] = score_cell(labels, cells, own)
         except FAILURES as error:
             return _failed(entry, student, labels, error, work)
         row["seconds"]["distil"] = seconds
-        return row | {"duplication": duplication}
+        row["duplication"] = duplication
+        lost = row.pop("failed", {}) | failed
+        if scored:
+            try:
+                row["scores"] = score_cell(labels, cells, own)
+            except FAILURES as error:
+                lost["scores"] = say(error)
+        return row | ({"failed": lost} if lost else {})
 
     yield from work.run.in_any_order([functools.partial(compare_labels, *pair) for pair in asked])
+
+
+def make_random(entry: Entry, work: Work) -> tuple[DistilledSet | None, dict[str, str]]:
+    """Return the random control of an entry, or None, and why all of its controls are lost, if they are."""
+    if not work.comparison.controls or entry.name == "random":
+        return None, {}
+    recipe = replace(entry.recipe, method="random", ipc=entry.budget_ipc)  # of equal bytes, where those count
+    try:
+        return make_set(Entry("random", entry.budget_ipc, recipe), work)[0], {}
+    except FAILURES as error:
+        return None, {"controls": say(error)}
 
 
 def make_set(entry: Entry, work: Work) -> tuple[DistilledSet, float | None]:
@@ -296,7 +344,13 @@ def compare_cell(entry: Entry, saved: DistilledSet, labels: LabelKind, cells: li
         "std": round(100 * result.std, 3) if len(result.top1) > 1 else None,
         "top5": [round(100 * v, 3) for v in result.top5],
         "differences": differences,
-        **({"failed_controls": failed} if failed else {}),
+        **({"failed": failed} if failed else {}),
+        "protocol": name_protocol(
+            work.student,
+            work.real.image_size,
+            [labels],
+            entry.recipe.labelled_by or work.comparison.teachers.networks,
+        ),
         "holds": describe_content(own.distilled),
         "bytes": describe_labelled(own.distilled, saved, dynamic_bytes),
         **(
@@ -324,6 +378,8 @@ def score_cell(labels: str, cells: list[Cell], work: Work) -> dict[str, float]:
         (c for c in cells if (c.set, c.labels) == ("random", labels) and ("equal steps", labels) in c.budgets), own
     )  # random images themselves are their own control
     real_hard = work.references[work.student.network]
+    if isinstance(real_hard, str):
+        raise StillroomError(real_hard)
     recovery = hard_label_recovery(real_hard, work.train(hard).mean)
     gain = improvement_over_random(work.train(own).mean, work.train(random).mean)
     scores = {"LRS": label_robust_score(gain, recovery), "HLR": recovery, "IOR": gain, "real_hard": real_hard}
@@ -369,8 +425,7 @@ def describe_labelled(distilled: DistilledSet, saved: DistilledSet, dynamic_byte
     dynamic_bytes: of labels that are made as they are needed. The paper's ratio counts them, those by bytes do not.
     """
     files = {role: facts for role, facts in saved.manifest.files.items() if role != "labels"}
-    if distilled.soft_labels is None and distilled.pool is None:
-        distilled = replace(distilled, manifest=replace(distilled.manifest, files=files))
+    distilled = replace(distilled, manifest=replace(distilled.manifest, files=files))
     budget = count_bytes(distilled)
     paper_ratio = budget.paper_ratio + dynamic_bytes / budget.real_stored_bytes
     return describe_budget(replace(budget, paper_ratio=paper_ratio))
@@ -432,5 +487,6 @@ def _failed(entry: Entry, student: StudentConfig, labels: str, error: BaseExcept
         "matched_ipc": entry.recipe.ipc,
         "labels": labels,
         "student": student.network,
+        "protocol": "",
         "error": say(error),
     }

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -526,12 +526,12 @@ def verify_distilled(path: Path | str) -> list[str]:
 def count_bytes(distilled: DistilledSet) -> Budget:
     """Bytes of images, compensators and labels, raw and stored, and the ratios to the real set.
 
-    A set that is not as its files on disk, or was never saved, is encoded to learn what its files would take.
+    What the manifest does not list as it is (of a set that was never saved: all) is encoded, to learn what its files
+    would take.
     """
-    files = distilled.manifest.files
-    listed = {role: (facts.entries, facts.raw_bytes) for role, facts in files.items() if role not in CARD_ROLES}
-    if listed != _holdings(distilled):
-        files = _describe(distilled, _encode_parts(distilled))
+    holdings, listed = _holdings(distilled), distilled.manifest.files
+    files = {role: f for role, f in listed.items() if (f.entries, f.raw_bytes) == holdings.get(role)}
+    files |= _describe(distilled, _encode_parts(distilled, holdings.keys() - files.keys()))
     return budget_of(dataclasses.replace(distilled.manifest, files=files))
 
 
@@ -560,19 +560,21 @@ def _sha256(part: Tensor) -> str:
     return sha256_bytes([part.contiguous().cpu().numpy().data])
 
 
-def _encode_parts(distilled: DistilledSet) -> dict[str, bytes | Pieces]:
+def _encode_parts(
+    distilled: DistilledSet, roles: Collection[str] = ("images", "compensators", "labels")
+) -> dict[str, bytes | Pieces]:
     stored, class_names = distilled.compensators, distilled.manifest.class_names
-    encoding = distilled.manifest.image_encoding
-    files = distilled.image_files or distilled._encode(encoding)
-    contents: dict[str, bytes | Pieces] = {
-        "images": ImageFile(files, distilled.labels, distilled.slots, class_names, encoding)
-    }
-    if stored is not None:
+    contents: dict[str, bytes | Pieces] = {}
+    if "images" in roles:
+        encoding = distilled.manifest.image_encoding
+        files = distilled.image_files or distilled._encode(encoding)
+        contents["images"] = ImageFile(files, distilled.labels, distilled.slots, class_names, encoding)
+    if stored is not None and "compensators" in roles:
         tensors = {"compensators": stored.codes} | ({} if stored.scale is None else {"scale": stored.scale})
         contents["compensators"] = tensor_pieces(tensors, {"units": "pixels in [0, 1]"}, "the compensators")
-    if distilled.soft_labels is not None:
+    if distilled.soft_labels is not None and "labels" in roles:
         contents["labels"] = tensor_pieces({"logits": distilled.soft_labels}, {}, "the labels")
-    if distilled.pool is not None:
+    if distilled.pool is not None and "labels" in roles:
         contents["labels"] = tensor_pieces(distilled.pool.tensors, {}, "the labels")
     return contents
 

@@ -34,7 +34,6 @@ from stillroom.recipes import EXPECTED, RECIPES, Recipe
 from stillroom.run import Run, Task
 from stillroom.students import Evaluation, evaluate, steps_for
 from stillroom.teachers import Teacher, check_config, load_teachers
-from stillroom.train import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,13 @@ class Cell:
     labels: str
     # Of a control: equal epochs or equal steps, each with the method's kind of label whose budget it is; (): the method
     budgets: tuple[tuple[Literal["equal epochs", "equal steps"], str], ...]
-    distilled: DistilledSet
+    label: Callable[[], DistilledSet]  # makes the labels, or reads them back
     total_steps: int
+
+    @property
+    def distilled(self) -> DistilledSet:
+        """The set with its labels, which are made when it is first asked for."""
+        return self.label()
 
     @property
     def budget(self) -> str:
@@ -339,27 +343,28 @@ def build_cells(
                 random = replace(bare, manifest=replace(bare.manifest, views=views))
             sets["random"] = random
 
-    def labelled(name: str, kind: str, train: TrainConfig) -> DistilledSet:
+    @functools.cache
+    def labelled(name: str, kind: str) -> DistilledSet:
         """Return a set with labels of this kind: its own, or else those that the run keeps."""
         if holds_labels(sets[name], kind, recipe.pool):
             return sets[name]
         unit = f"labels-{_unit(sets[name])}{labels_by}"
+        train = recipe.student.train_for(kind)
         return attach_labels(sets[name], kind, labelled_by, plan, run, unit, recipe.pool, train)
 
     cells: list[Cell] = []
     for labels in recipe.labels:
         train = recipe.student.train_for(labels)
-        own = labelled(method, labels, train)
-        steps = steps_for(own, train)
+        own, steps = functools.partial(labelled, method, labels), steps_for(distilled, train)
         by = labels_by if labels not in ("hard", "learned") else ""
         cells.append(Cell(f"{_unit(distilled)}-{labels}{by}-{steps}", method, labels, (), own, steps))
         controls = [("random", "hard"), ("random", labels), ("naturals", labels)]
         for name, kind in dict.fromkeys(controls):
             if name == method or name not in sets or kind == "learned":
                 continue
-            control, by = labelled(name, kind, train), labels_by if kind != "hard" else ""
+            control, by = functools.partial(labelled, name, kind), labels_by if kind != "hard" else ""
             budgets: tuple[tuple[Literal["equal epochs", "equal steps"], int], ...] = (
-                ("equal epochs", steps_for(control, train)),
+                ("equal epochs", steps_for(sets[name], train)),
                 ("equal steps", steps),
             )
             for budget, total in budgets:

@@ -72,7 +72,8 @@ def caption_of(results: dict[str, Any]) -> str:
     known = ", ".join(f"{name} {top['top1']:.1f} %" for name, top in results["teachers"].items())
     return (
         f"{results['dataset']['name']}, top-1 in % of the last epoch on the test split, {seeds} "
-        f"seed{'s' if seeds > 1 else ''}: {spread}; protocol: {results['protocol']}; budgets by {results['budget']}. "
+        f"seed{'s' if seeds > 1 else ''}: {spread}; protocol: {results['protocol'] or 'none'}; budgets by "
+        f"{results['budget']}. "
         "Differences are to random images (with hard labels, with the same labels), to the method's naturals alone and "
         "to the same set with hard labels." + (f" Teachers: {known}." if known else "")
     )
@@ -85,15 +86,18 @@ CONTROLS = {
     for budget in ("equal epochs", "equal steps")
 }
 
+SCORES = ("LRS", "ARS", "HLR", "IOR")
+
 
 def table_of(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return the header and the rows of a comparison's table as texts; `caption_of` says what the numbers are."""
-    scored = any("scores" in row for row in results["rows"])
+    scored = any("scores" in row or "scores" in row.get("failed", {}) for row in results["rows"])
+    several = ", " in results["protocol"]  # then it stands in every row
     header = [
         "method", "ipc", "labels", "student", "steps", "top-1", *CONTROLS, "vs its hard labels", "paper",
         "images a class", "images, bytes", "compensators, bytes", "labels, bytes",
         "ratio by bytes", "ratio as the paper", "distil s", "train s",
-        "duplication", *(("LRS", "ARS", "HLR", "IOR") if scored else ()),
+        "duplication", *(("protocol",) if several else ()), *(SCORES if scored else ()),
     ]  # fmt: skip
     rows = []
     for row in results["rows"]:
@@ -108,8 +112,10 @@ def table_of(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             f"{control if '+' in control else f'{control} + ' + row['labels']}, {budget}"
             for control, budget in CONTROLS.values()
         ]
-        lost = row.get("failed_controls", {})
-        differences = ["failed" if n in lost else _spread(row["differences"].get(n), "+") for n in names]
+        lost = row.get("failed", {})
+        differences = [
+            "failed" if {n, "controls"} & lost.keys() else _spread(row["differences"].get(n), "+") for n in names
+        ]
         size, scores = row["bytes"]["raw"], row.get("scores", {})
         labels = f"{size['labels']:,}"
         if row["labels"] == "dynamic":  # made by the teachers as they are needed
@@ -122,9 +128,13 @@ def table_of(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             *(f"{100 * row['bytes'][ratio]:.2f} %" for ratio in ("raw_ratio", "paper_ratio")),
             "-" if distil is None else f"{distil:.0f}", f"{row['seconds']['train']:.0f}",
             "-" if row["duplication"] is None else f"{row['duplication']:.3f}",
-            *((f"{scores[k]:.3f}" if k in scores else "-" for k in ("LRS", "ARS", "HLR", "IOR")) if scored else ()),
+            *((row["protocol"],) if several else ()), *(_show_scores(scores, lost) if scored else ()),
         ])  # fmt: skip
     return header, rows
+
+
+def _show_scores(scores: dict[str, float], lost: dict[str, str]) -> list[str]:
+    return [f"{scores[name]:.3f}" if name in scores else "failed" if "scores" in lost else "-" for name in SCORES]
 
 
 def records_of(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -194,6 +194,11 @@ class Run:
 
     # -- units and checkpoints -------------------------------------------------------------------------------------
 
+    @property
+    def shared(self) -> Run:
+        """The run that keeps what this one has in common with others of its kind: its parent, or itself."""
+        return self.parent or self
+
     def unit_done(self, name: str) -> bool:
         """Whether the unit is finished (as JSON or as tensors)."""
         if self.directory is None:

@@ -14,7 +14,7 @@ from stillroom.data import RealData
 from stillroom.distilled import count_bytes, load_distilled
 from stillroom.estimate import Stage
 from stillroom.recipes import EXPECTED, Recipe
-from stillroom.render import CONTROLS, caption_of, table_of
+from stillroom.render import CONTROLS, SCORES, caption_of, table_of
 from stillroom.students import Evaluation, StudentConfig
 
 # Tables keep their columns where the output is a file or a narrow window; a terminal wraps the lines instead.
@@ -59,12 +59,14 @@ def show_comparison(results: dict[str, Any]) -> None:
     kept = [row for row in rows if not row[4].startswith("failed")]
     costs = header.index("images a class")
     parts = {
-        f"{results['dataset']['name']}, budgets by {results['budget']}, top-1 in %": ("steps", "top-1", "paper"),
+        f"{results['dataset']['name']}, budgets by {results['budget']}, top-1 in %": (
+            "steps", "top-1", "paper", *(("protocol",) if "protocol" in header else ()),
+        ),
         "Ahead of its controls, in points of top-1": (*CONTROLS, "vs its hard labels"),
         "What it holds and costs": header[costs : costs + 4],
         "How small it is, and what it took": header[costs + 4 : costs + 9],
-        "Scores": header[costs + 9 :],
-    }
+        "Scores": tuple(name for name in SCORES if name in header),
+    }  # fmt: skip
     for title, names in parts.items():
         # What no row has, and a student that all have, would only take the room of numbers.
         columns = [name for name in names if {row[header.index(name)] for row in kept} - {"-"}]
@@ -77,8 +79,8 @@ def show_comparison(results: dict[str, Any]) -> None:
     for row in results["rows"]:
         if "error" in row:
             print(f"failed: {row['method']}, ipc {row['ipc']}, {row['labels']}, {row['student']}: {row['error']}")
-        for control, error in row.get("failed_controls", {}).items():
-            print(f"failed: {control}, beside {row['method']}, ipc {row['ipc']}, {row['labels']}: {error}")
+        for what, error in row.get("failed", {}).items():
+            print(f"failed: {what}, of {row['method']}, ipc {row['ipc']}, {row['labels']}: {error}")
     print(caption_of(results))
 
 

@@ -667,7 +667,7 @@ def test_a_control_that_fails_is_marked_and_takes_nothing_else_with_it(
     recipe = replace(toy_recipe, labels=("static",), seeds=(0,))
     results = run_grid(recipe, tmp_path / "run", methods=("infer",))
     (row,) = results["rows"]
-    assert row["failed_controls"]["random + static, equal steps"] == "its unit is damaged"
+    assert row["failed"]["random + static, equal steps"] == "its unit is damaged"
     header, (texts,) = render.table_of(results)
     shown = dict(zip(header, texts, strict=True))
     assert (shown["vs random, equal steps"], shown["vs random + hard, equal steps"][0]) == ("failed", "+")

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -33,6 +34,7 @@ from stillroom.compute import Float32Conv2d, Plan, build_generator
 from stillroom.data import RealData
 from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError, check_choices
+from stillroom.files import sha256_bytes
 from stillroom.methods.pixels import class_blocks, recover_images, recover_set
 from stillroom.methods.recover import Terms, channel_moments, check_descent, draw_augment, made_once
 from stillroom.run import Run, Task
@@ -296,9 +298,12 @@ def square_means(statistics: Tensor, lengths: Sequence[int]) -> Tensor:
 def gather_statistics(
     teachers: list[Teacher], real: RealData, config: GvbsmConfig, seed: int, plan: Plan, run: Run
 ) -> list[Tensor]:
-    """Return what each teacher's statistics are to be, float32 [total] on the CPU; a unit of work is one teacher."""
-    tasks = [gathering(teacher, real, config, seed, plan, run) for teacher in teachers]
-    return [tensors["statistics"] for _, tensors in run.carry_out(tasks)]
+    """Return what each teacher's statistics are to be, float32 [total] on the CPU.
+
+    A unit of work is one teacher; sets of one comparison share it, whatever their budgets.
+    """
+    tasks = [gathering(teacher, real, config, seed, plan, run.shared) for teacher in teachers]
+    return [tensors["statistics"] for _, tensors in run.shared.carry_out(tasks)]
 
 
 def gathering(teacher: Teacher, real: RealData, config: GvbsmConfig, seed: int, plan: Plan, run: Run) -> Task:
@@ -308,7 +313,8 @@ def gathering(teacher: Teacher, real: RealData, config: GvbsmConfig, seed: int, 
     float32, whatever the plan. Confessed: the published scripts average the variances of shuffled batches; these are
     the variances of all images, so that images may be read in their order, class by class as it may be.
     """
-    unit = f"statistics-{teacher.name.replace(':', '-')}"
+    of = [config.patch_side, config.augmentation, config.crop_padding, seed]
+    unit = f"statistics-{teacher.name.replace(':', '-')}-{sha256_bytes(json.dumps(of).encode())[:8]}"
 
     def make() -> dict[str, Tensor]:
         matcher = Matcher(teacher.model, 1, config.patch_side)
