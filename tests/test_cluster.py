@@ -39,6 +39,7 @@ CPUS, GPUS = {"CPU": 16.0, "memory": 1e9}, {"CPU": 32.0, "GPU": 4.0}
         (ComputeConfig("cpu"), {}, [{"CPU": 2.0}], 2, 1, Placement(2, 1, 0)),  # the cores are shared out
         (ComputeConfig("cpu"), {"threads": 3, "device": "cpu"}, [CPUS], None, 3, Placement(5, 3, 0)),  # as it was begun
         (ComputeConfig(), {}, [CPUS, GPUS, GPUS], None, 8, Placement(8, 8, 1)),  # a card each, none without
+        (ComputeConfig("cuda", threads=4), {}, [GPUS], None, 4, Placement(4, 4, 1)),
         (ComputeConfig("cuda", threads=16), {}, [GPUS], None, 16, Placement(2, 16, 1)),  # as far as there are cores
         (ComputeConfig(), {"threads": 8, "device": "cpu"}, [CPUS, GPUS], None, 8, Placement(6, 8, 0)),
         (ComputeConfig("cpu"), {}, [CPUS], 3, 5, Placement(3, 5, 0)),

@@ -110,6 +110,16 @@ def test_a_unit_that_another_worker_finished_is_read(tmp_path: Path, waits: list
     assert done == ["a"]
 
 
+def test_a_unit_that_another_worker_finished_just_before_it_was_claimed_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    with Run(tmp_path, worker="me") as run:
+        monkeypatch.setattr(Worker, "claim", lambda self, unit: run.finish_unit(unit, {"by": "another"}) or True)
+        assert run.carry_out([counting("a", done)])[0][0] == {"by": "another"}
+    assert not done
+
+
 def test_a_job_that_waits_for_others_is_put_off(tmp_path: Path, waits: list[Callable[[], None]]) -> None:
     done: list[str] = []
     with Run(tmp_path, worker="me") as run, another_worker_at(tmp_path / "workers" / "claims", "b") as other:
