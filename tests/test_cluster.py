@@ -13,14 +13,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Finished, write_toy_npz
-from test_workers import another_worker_at, assert_same_bits
+from test_workers import another_worker_at, assert_same_bits, wait_for
 
 from stillroom import __version__, cli, cluster
 from stillroom.cluster import Board, Placement, place
@@ -172,15 +171,6 @@ def begin_on_ray(folder: Path, address: str, *words: str) -> subprocess.Popen[st
         [*command, "--data.source", "toy.npz", *on_ray],
         cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-
-
-def wait_for(path: Path, pattern: str, seconds: float = 240) -> list[Path]:
-    ends = time.monotonic() + seconds
-    while time.monotonic() < ends:
-        if found := sorted(path.glob(pattern)):
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"no {pattern} in {path}")
 
 
 @pytest.fixture(scope="module")

@@ -148,7 +148,7 @@ def test_a_teacher_is_trained_on_the_device(accelerator: Plan) -> None:
 def test_static_labels_are_read_back_block_by_block(plan: Plan, accelerator: Plan) -> None:
     distilled = infer.distill(build_toy(), [teacher_on(plan)], 5, InferConfig(steps=1), 0, plan, Run())
     line = where_read_back(lambda: compute_static_labels(distilled, [teacher_on(accelerator)], accelerator, Run()))
-    assert "blocks.append" in line
+    assert "parts.append" in line
 
 
 def test_accuracy_is_read_back_once_after_the_last_batch(accelerator: Plan) -> None:
