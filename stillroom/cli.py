@@ -8,6 +8,7 @@
     stillroom inspect | verify DIR             what a distilled set holds | whether it is whole
     stillroom import SET --data.source ...     a set that others published, into the artifact
     stillroom export DIR OUT --to ...          a set's views, for other people's scripts
+    stillroom figure NAME RUN ...              a figure of finished runs, and its data; without words: which there are
     stillroom recipes | clean                  what there is to run | what the teacher cache holds
 
 Trained teachers are kept in a cache: --teachers.cache DIR (clean: --cache DIR), or else the environment variable
@@ -41,6 +42,7 @@ from stillroom.errors import StillroomError, TimeLimitReached, UsageError, sugge
 from stillroom.estimate import estimate_comparison, estimate_recipe
 from stillroom.exchange import ImportConfig, import_set
 from stillroom.export import ExportLayout, export_set
+from stillroom.figure_command import figure_command
 from stillroom.files import read_json, require_free_folder, write_json
 from stillroom.grid import Comparison, Grid, comparison_of
 from stillroom.labels import PoolConfig, attach_labels
@@ -322,7 +324,7 @@ def evaluate_command(words: list[str]) -> int:
     with Run(command.out, time_limit=parse_duration(command.time_limit)) as run, run.stop_on_signals():
         plan = resolve_plan(command.compute, run.notice)
         real = load_real(command.data)
-        check_matches(distilled, real)
+        check_matches(distilled, real, held_out=command.data.holdout_per_class > 0)
         kept = {k: v for k, v in asdict(command).items() if k in ("data", "student", "labels", "pool", "teachers")}
         settings = bound_settings(kept, real)
         settings["distilled"] = {role: facts.sha256 for role, facts in distilled.manifest.files.items()}
@@ -434,6 +436,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "verify": verify_command,
     "import": import_command,
     "export": export_command,
+    "figure": figure_command,
     "recipes": recipes_command,
     "clean": clean_command,
 }
@@ -455,7 +458,7 @@ def parse_recipe(name: str, words: list[str], kind: type[Command]) -> Command | 
     command = parse_words(kind, name, words, kind(recipe, read_config(words, preset)))
     if command.protocol is not None:
         with reading_words():
-            settings = _recipe_under_protocol(preset, command.protocol, command.settings.data)
+            settings = _recipe_under_protocol(preset, command.protocol, command.settings)
         command = parse_words(kind, name, words, kind(recipe, read_config(words, settings)))
     parse_duration(command.time_limit)
     if command.recipe != recipe:
@@ -485,12 +488,15 @@ def _check_said_once(comparison: Comparison, preset: Recipe) -> None:
         raise UsageError(f"--ipc {comparison.ipc} is not looked at beside --grid.ipc; name it there")
 
 
-def _recipe_under_protocol(recipe: Recipe, name: ProtocolName, data: DataConfig) -> Recipe:
-    """Return the recipe with the protocol's students and labels, its own teachers kept: they make the set, too."""
+def _recipe_under_protocol(recipe: Recipe, name: ProtocolName, given: Recipe) -> Recipe:
+    """Return the recipe with the protocol's students and labels, its own teachers kept: they make the set, too.
+
+    given: the recipe with what the user gave besides, which says what data and teachers there are.
+    """
+    data, protocol = given.data, PROTOCOLS[name]
     size = data.image_size or (FACTS[data.source].image_size if data.source in FACTS else None)
-    protocol = PROTOCOLS[name]
     labelled_by = recipe.labelled_by
-    if protocol.teachers and set(protocol.teachers) <= set(recipe.teachers.networks):
+    if protocol.teachers and set(protocol.teachers) <= set(given.teachers.networks):
         labelled_by = protocol.teachers
     elif protocol.teachers:
         print(
@@ -499,7 +505,11 @@ def _recipe_under_protocol(recipe: Recipe, name: ProtocolName, data: DataConfig)
             file=sys.stderr,
         )
     return dataclasses.replace(
-        recipe, student=protocol_student(name, size), labels=protocol.labels, labelled_by=labelled_by
+        recipe,
+        teachers=given.teachers,
+        student=protocol_student(name, size),
+        labels=protocol.labels,
+        labelled_by=labelled_by,
     )
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from stillroom.analysis.duplication import feature_duplication
 from stillroom.compute import Plan
 from stillroom.data import FACTS, RealData
 from stillroom.distilled import DistilledSet, count_bytes, load_distilled
@@ -32,7 +32,6 @@ from stillroom.files import write_atomic, write_json
 from stillroom.grid import Comparison, Entry, check_grid, raw_bytes, set_name, slug
 from stillroom.manifest import LabelKind
 from stillroom.methods import METHODS
-from stillroom.networks import penultimate_features
 from stillroom.paper import PAPER
 from stillroom.pipeline import (
     Cell,
@@ -57,9 +56,6 @@ from stillroom.scores import (
 )
 from stillroom.students import Evaluation, StudentConfig, evaluate
 from stillroom.teachers import Teacher, load_teachers
-from stillroom.train import apply_normalization
-
-FEATURE_BATCH = 256
 
 # What a cell may fail of without losing the others: bad input, memory, a matrix that no routine decomposes.
 FAILURES = (StillroomError, RuntimeError)
@@ -119,7 +115,7 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
         comparison, run, lambda real: entries.extend(check_grid(comparison, real)), shared_settings, tuple(METHODS)
     )
     made_by = provenance(plan)
-    needed = any(entry.recipe.needs_teachers for entry in entries)
+    needed = any(entry.needs_teachers for entry in entries)
     teachers = load_teachers(real, comparison.teachers, plan, run) if needed else []
     references = measure_references(comparison, real, plan, run)
     work = Work(comparison, real, teachers, plan, run, references, comparison.student, comparison)
@@ -355,33 +351,6 @@ def measure_duplication(distilled: DistilledSet, work: Work) -> float | None:
     return made["duplication"]  # type: ignore[no-any-return]
 
 
-def feature_duplication(distilled: DistilledSet, teacher: Teacher, plan: Plan) -> float:
-    """Return the mean cosine similarity between two views of a class (Section 4.4), averaged over the classes.
-
-    Of the penultimate features of `teacher`, the first of the recipe; the paper does not say of what.
-    """
-    normalization = distilled.manifest.normalization
-    blocks = []
-    for rows in torch.arange(distilled.view_count).split(FEATURE_BATCH):
-        views = apply_normalization(distilled.form_views(rows).to(plan.device), normalization.mean, normalization.std)
-        blocks.append(penultimate_features(teacher.model, views).cpu())
-    features = torch.nn.functional.normalize(torch.cat(blocks))
-    classes = distilled.labels[distilled.view_table()[:, 0]].cpu()
-    values = [mean_similarity(features[classes == index]) for index in classes.unique()]
-    return round(statistics.mean(values), 5)
-
-
-def mean_similarity(features: Tensor) -> float:
-    """Return the mean cosine over all pairs of rows [n, features] of length 1; 1 where there is a single row.
-
-    The square of the rows' sum holds every pair twice, and each row with itself.
-    """
-    count = len(features)
-    if count == 1:
-        return 1.0
-    return (float(features.double().sum(0).square().sum()) - count) / (count * (count - 1))
-
-
 def describe_content(distilled: DistilledSet) -> dict[str, float]:
     """Return how many images, compensators and views a set holds, and images per class (its ipc is a budget)."""
     compensators = 0 if distilled.compensators is None else distilled.compensators.codes.shape[:2].numel()
@@ -416,7 +385,7 @@ def paper_number(entry: Entry, labels: str, student: StudentConfig, real: RealDa
     """
     method, recipe = entry.recipe.method, replace(entry.recipe, student=student)
     variant = variant_of(recipe)
-    if entry.folder is not None or (entry.name != method and variant == method):
+    if entry.folder is not None:
         return None
     recipe = replace(recipe, infer=replace(recipe.infer, teachers=None), labelled_by=None)
     for dataset in FACTS:

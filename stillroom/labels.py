@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,11 +23,11 @@ from stillroom.manifest import LabelEncoding, PoolFacts
 from stillroom.replay import STUDENT_DRAWS, batch_settings, build_batches, fingerprint_draws
 from stillroom.run import Run, Task
 from stillroom.teachers import Teacher
-from stillroom.train import Epochs, TrainConfig, apply_normalization
+from stillroom.train import Epochs, TrainConfig, apply_normalization, fit_batch
 
-LABEL_BATCH = 256
-LABEL_BLOCK = 64 * LABEL_BATCH  # views whose static labels are one unit of work
+LABEL_BATCH = 256  # views of up to 64 px that pass at once
 LABEL_BYTES = 2  # float16 per class
+BLOCK_BYTES = 2**25  # of static labels that are a unit of work
 
 
 @dataclass(frozen=True)
@@ -107,36 +107,56 @@ def compute_static_labels(
     """Return the teachers' mean logits on every unaugmented view, float16 [views, classes] (Equation 6).
 
     The views are what a student will read back: stored, dequantised, clipped. Raises StillroomError where a logit is
-    not finite. A unit of work is a block of views: its labels are kept in the run and read back.
+    not finite, TimeLimitReached where the run is to stop. A unit of work is a block of views, of a small set all: its
+    labels are kept in the run and read back.
     """
     made_by = {"teachers": [teacher.hash for teacher in teachers], "set": distilled.fingerprint}
-    normalization = distilled.manifest.normalization
+    classes, batch = len(distilled.manifest.class_names), fit_batch(LABEL_BATCH, distilled.manifest.image_size[0])
+    blocks = torch.arange(distilled.view_count).split(max(1, BLOCK_BYTES // (classes * LABEL_BYTES * batch)) * batch)
 
     def make(block: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        # Stored once and for all, so in float32 whatever the plan: a label must not depend on who has fast bfloat16.
-        logits_of = ensemble_logits(teachers, replace(plan, precision="float32"))
-        parts = []
         with run.progress("static labels", len(block)) as advance:
-            for rows in block.split(LABEL_BATCH):
-                views = distilled.form_views(rows).to(plan.device)
-                logits = logits_of(apply_normalization(views, normalization.mean, normalization.std))
-                parts.append(logits.half().cpu())
-                advance(len(rows))
-        labels = torch.cat(parts)
-        bad = (~labels.isfinite()).any(1).nonzero().flatten()
-        if len(bad):
-            raise StillroomError(
-                f"static labels of {len(bad)} views are not finite, first view {block[bad[0]]}; check the teachers"
-            )
-        return made_by, {"labels": labels}
+            return made_by, {"labels": label_views(distilled, block.split(batch), teachers, plan, advance)}
 
-    blocks = torch.arange(distilled.view_count).split(LABEL_BLOCK)
     names = [unit if len(blocks) == 1 else f"{unit}-{block[0]}-{block[-1] + 1}" for block in blocks]
     tasks = [
         Task(name, functools.partial(make, block), lambda made: bool(made == made_by))
         for name, block in zip(names, blocks, strict=True)
     ]
-    return torch.cat([tensors["labels"] for _, tensors in run.carry_out(tasks)])
+    made = run.carry_out(tasks)
+    labels = torch.empty(distilled.view_count, classes, dtype=torch.float16)
+    for block in reversed(blocks):  # each let go as it is copied: not all are held twice
+        labels[block] = made.pop()[1]["labels"]
+    return labels
+
+
+def label_views(
+    distilled: DistilledSet,
+    batches: Sequence[Tensor],
+    teachers: list[Teacher],
+    plan: Plan,
+    advance: Callable[..., None],
+) -> Tensor:
+    """Return the teachers' mean logits on views, float16 [views, classes] on the CPU; `batches` are their rows.
+
+    Raises StillroomError where a logit is not finite.
+    """
+    # Stored once and for all, so in float32 whatever the plan: a label must not depend on who has fast bfloat16.
+    logits_of = ensemble_logits(teachers, replace(plan, precision="float32"))
+    normalization, parts = distilled.manifest.normalization, []
+    for rows in batches:
+        views = distilled.form_views(rows).to(plan.device)
+        logits = logits_of(apply_normalization(views, normalization.mean, normalization.std))
+        parts.append(logits.half().cpu())
+        advance(len(rows))
+    labels = torch.cat(parts)
+    bad = (~labels.isfinite()).any(1).nonzero().flatten()
+    if len(bad):
+        first = int(torch.cat(list(batches))[bad[0]])
+        raise StillroomError(
+            f"static labels of {len(bad)} views are not finite, first view {first}; check the teachers"
+        )
+    return labels
 
 
 def compute_label_pool(

@@ -117,6 +117,12 @@ def check_recipe(recipe: Recipe, real: RealData, control_ipc: int | None = None)
         raise StillroomError(
             f"labels has 'learned', but {recipe.method!r} learns none; give hard, static, replayed or dynamic"
         )
+    content = METHODS[recipe.method].content(real, len(models), recipe.ipc, recipe.method_config)
+    if content.image_bits != 8 and recipe.image_encoding != "auto":
+        raise StillroomError(
+            f"image_encoding is {recipe.image_encoding!r}, but {recipe.method!r} makes pixels of {content.image_bits} "
+            "bits, which it would cut and round; leave it at 'auto'"
+        )
     needed = max(own, budget) if recipe.controls else own  # the random control's
     counts = real.train.labels.bincount(minlength=real.classes)
     if int(counts.min()) < needed:

@@ -127,7 +127,7 @@ def show_budget(folder: Path) -> None:
     if manifest.teachers:
         print("teachers: " + ", ".join(f"{t.name} {t.show_accuracy(1)}" for t in manifest.teachers))
     if manifest.image_encoding == "float16":
-        low, high = distilled.images.float().aminmax()
+        low, high = distilled.images[:].float().aminmax()
         print(f"pixels: float16, from {low:.2f} to {high:.2f} where 0 is black and 1 white")
     if manifest.learning_rate is not None:
         print(f"learned learning rate: {manifest.learning_rate:g}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from stillroom.compute import ComputeConfig, Plan, resolve_plan
 from stillroom.data import DataConfig, MemoryImages, RealData
 from stillroom.errors import TimeLimitReached
 from stillroom.methods.infer import InferConfig
+from stillroom.methods.sre2l import Sre2lConfig
 from stillroom.networks import NETWORKS, Network
 from stillroom.recipes import RECIPES, Recipe
 from stillroom.run import Run
@@ -177,6 +178,24 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         patch.setitem(RECIPES, "toy", recipe)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = cli.main(["run", "toy", "--out", str(folder / "run")])
+    return Finished(recipe, folder / "run", code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """An undisturbed `stillroom compare` of three methods at two budgets: not to be changed, but copied."""
+    folder = tmp_path_factory.mktemp("compared")
+    recipe = build_toy_recipe(write_toy_npz(folder / "toy.npz"))
+    student = replace(recipe.student, train=replace(recipe.student.train, epochs=10))  # enough to tell students apart
+    recipe = replace(recipe, labels=("static",), sre2l=Sre2lConfig(steps=3, shift_limit=1), student=student)
+    words = ["compare", "toy", "--out", str(folder / "run"), "--grid.methods", "random", "sre2l", "infer"]
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STILLROOM_CACHE", str(folder / "cache"))
+        patch.setitem(NETWORKS, "toynet", TOYNET_ROW)
+        patch.setitem(RECIPES, "toy", recipe)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = cli.main([*words, "--grid.ipc", "3", "4"])
     return Finished(recipe, folder / "run", code, out.getvalue(), err.getvalue())
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(stillroom.__file__).parent
 # From the ground up. A module imports from lower lines alone, never from its own line.
 LAYERS = (
     ("errors",),
-    ("files", "compute", "networks", "augment", "settings", "render", "paper", "scores", "muon"),
+    ("arrays", "files", "compute", "networks", "augment", "settings", "render", "paper", "scores", "muon"),
     ("readers.stored", "readers.listing"),
     ("readers.digits", "readers.npz", "readers.cifar", "readers.folders", "readers.parquet", "readers.tar"),
     ("readers.ilsvrc", "readers.tiny_imagenet", "readers.shards"),
@@ -24,15 +24,27 @@ LAYERS = (
     ("artifact", "card", "data", "logits", "cluster"),
     ("distilled", "train"),
     ("teachers", "replay", "infer_files", "classnames", "layouts"),
-    ("labels", "methods.select", "methods.recover", "exchange", "export"),
+    ("labels", "methods.select", "methods.recover", "exchange", "export", "analysis.duplication"),
     ("methods.infer", "methods.pixels", "methods.coreset", "methods.rded", "students"),
     ("methods.sre2l", "methods.gvbsm"),
     ("methods", "protocols"),
     ("recipes",),
     ("pipeline",),
     ("grid",),
-    ("compare", "estimate", "api"),
-    ("tables",),
+    ("compare", "estimate", "api", "study"),
+    (
+        "tables",
+        "analysis.results",
+        "analysis.features",
+        "analysis.predictions",
+        "analysis.divergence",
+        "analysis.recovery",
+    ),
+    ("analysis", "figures.style"),
+    ("figures.results", "figures.students", "figures.compensators"),
+    ("figures",),
+    ("gallery",),
+    ("figure_command",),
     ("cli",),
     ("",),  # stillroom/__init__.py: imports nothing until it is asked
 )
@@ -46,6 +58,11 @@ APART = {
     "methods": ("labels", "students", "exchange"),
     "replay": ("teachers", "networks", "methods"),  # labels are replayed where no teacher is
     "exchange": ("methods", "train", "teachers"),  # sets come and go without training code
+    # figures are drawn from arrays: of all there is they know those, and how errors are raised
+    **{
+        f"figures.{name}": tuple({module.split(".")[0] for module in HEIGHT} - {"", "figures", "arrays", "errors"})
+        for name in ("style", "results", "students", "compensators")
+    },
 }
 
 
@@ -109,6 +126,8 @@ def test_imports_go_one_way() -> None:
         ("card", "import stillroom.train", "distilled reaches train"),
         ("files", "def late():\n    from stillroom import networks", "distilled reaches networks"),
         ("train", "from stillroom import cli", "train imports cli"),
+        ("figures.students", "from stillroom.study import Study", "figures.students reaches study"),
+        ("students", "from stillroom.figures import style", "students imports figures.style"),
         ("utils", "x = 1", "utils has no place in LAYERS"),
     ],
 )

@@ -223,8 +223,14 @@ def build_objective(
 
 
 def cut_chunks(images: int, most: int) -> list[slice]:
-    """Return slices of at most `most` images that cover `images`, all of one size but perhaps the last."""
-    size = -(-images // -(-images // most))
+    """Return slices of at most `most` images that cover `images`, all of one size but perhaps the last.
+
+    All of one size where that costs less than twice as many: one shape to compile, and freed memory fits again (of
+    ResNet-18 at 224 px, 100 images by 25 took 1.0 GiB, 250 by 32, the last 26, took 1.9).
+    """
+    size = max(size for size in range(1, min(most, images) + 1) if images % size == 0)
+    if 2 * size <= min(most, images):
+        size = -(-images // -(-images // most))
     return [slice(start, min(start + size, images)) for start in range(0, images, size)]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillroom.artifact import StoredImages, hold_images
 from stillroom.compute import Plan, build_generator
 from stillroom.data import RealData, describe_real
 from stillroom.distilled import DistilledSet
@@ -80,10 +81,14 @@ def draw_naturals(real: RealData, per_class: int, seed: int) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-def take_naturals(real: RealData, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Return images uint8 [slots * classes, 3, height, width] and labels int64, slot by slot in class order."""
+def take_naturals(real: RealData, chosen: Tensor) -> tuple[Tensor | StoredImages, Tensor]:
+    """Return images uint8 [slots * classes, 3, height, width] and labels int64, slot by slot in class order.
+
+    Many large images stay where the real data has them, and are decoded when they are asked for.
+    """
     flat = chosen.flatten()
-    return real.train.batch(flat).cpu(), real.train.labels[flat]
+    shape = [len(flat), 3, real.image_size, real.image_size]
+    return hold_images(shape, lambda rows: real.train.batch(flat[rows]).cpu()), real.train.labels[flat]
 
 
 def describe_set(

@@ -1,0 +1,1 @@
+"""Analysis: the numbers and arrays behind every figure; figures/ draws them."""

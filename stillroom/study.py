@@ -1,0 +1,316 @@
+"""Study: finished runs opened for reading, and students trained anew whose weights figures look at.
+
+A run keeps its students' accuracies, not their weights. A student that a figure needs is trained by the run's own
+protocol and kept as a unit of work of its own, so that the next figure finds it. Runs are read as they are: whatever
+version made them, no setting must equal one of today.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stillroom.compute import ComputeConfig, Plan, resolve_plan
+from stillroom.data import DataConfig, RealData, load_real
+from stillroom.distilled import DistilledSet, load_distilled
+from stillroom.errors import StillroomError, check_choices, suggest
+from stillroom.files import read_json, sha256_bytes
+from stillroom.grid import slug
+from stillroom.images import Images
+from stillroom.labels import attach_labels
+from stillroom.manifest import read_manifest
+from stillroom.networks import build_network
+from stillroom.run import Run
+from stillroom.settings import Settings, read_plain
+from stillroom.students import StudentConfig, check_matches, fit_student, hash_labels, steps_for
+from stillroom.teachers import Teacher, TeachersConfig, load_teachers
+from stillroom.train import apply_normalization
+
+REAL = "real"  # the student trained on all real images, as teachers are
+NATURALS = "naturals"  # a set with compensators, without these
+TEST_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the real images lie."""
+
+    source: str | None = None  # None: the named dataset of which the run's sets were made
+    root: str = "data"  # folder where named datasets are looked for
+
+
+@dataclass(frozen=True)
+class TeacherPlace:
+    """Where the teachers lie."""
+
+    cache: str | None = None  # folder of trained teachers; None: $STILLROOM_CACHE, or else ~/.cache/stillroom
+    checkpoints: tuple[str, ...] = ()  # NETWORK=FILE: your weights
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """What of the runs is looked at."""
+
+    sets: tuple[str, ...] = ()  # methods of the runs; also real (all real images), naturals; none: the figure's choice
+    ipc: int | None = None  # of the sets, where the runs have several budgets
+    labels: Literal["hard", "static", "dynamic"] = "static"  # that students are trained with
+    seeds: tuple[int, ...] = (0,)  # of the students
+    steps: int | None = None  # optimiser steps of every student; None: those of the run's epochs
+    draw: int = 0  # seed of the classes and images that are shown
+    data: Place = field(default_factory=Place)
+    teachers: TeacherPlace = field(default_factory=TeacherPlace)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        check_choices(self, "figure")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise StillroomError(f"seeds is {list(self.seeds)}; give at least one, each once, such as 0 1 2")
+        if self.steps is not None and self.steps < 1:
+            raise StillroomError(f"steps is {self.steps}; give 1 or more, or leave it out")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A distilled set of a run: its method as the run calls it, its budget, and the run that made it."""
+
+    method: str
+    ipc: int
+    run: Path
+
+    @functools.cached_property
+    def distilled(self) -> DistilledSet:
+        return load_distilled(self.run / "distilled")
+
+
+class Study:
+    """Some runs of one dataset, and what figures want of them.
+
+    `runs` are directories of `stillroom run`, `distill` or `compare`; the first one says how students are trained.
+    `keep` holds the students that are trained for figures. Raises StillroomError for a directory that is no run or has
+    no set yet, and for runs of several datasets.
+    """
+
+    def __init__(self, runs: Sequence[Path], config: StudyConfig, keep: Run) -> None:
+        if not runs:
+            raise StillroomError("runs is empty; give the directory of a run or of a comparison, such as runs/demo")
+        self.runs, self.config, self.keep = tuple(runs), config, keep
+        self.made = tuple(made for run in runs for made in find_sets(run))
+        self.settings: dict[str, Any] = read_json(runs[0] / "config.json")["settings"]
+        first, *others = (read_json(run / "config.json")["settings"].get("data_fingerprint") for run in runs)
+        if set(others) - {first}:
+            raise StillroomError(
+                f"{', '.join(map(str, runs))} are runs of different data; make their figures one by one"
+            )
+
+    # -- what the runs have --------------------------------------------------------------------------------------
+
+    def set_of(self, method: str) -> Made:
+        """Return the set of a method; raises StillroomError where there is none, or several and no ipc is given."""
+        budgets = {made.ipc: made for made in self.made if made.method == method}
+        if not budgets:
+            known = {made.method for made in self.made}
+            raise StillroomError(f"{self.runs[0]} has no set of {method!r}.{suggest(method, known)}")
+        if self.config.ipc is None and len(budgets) > 1:
+            raise StillroomError(f"{method!r} has sets of {sorted(budgets)} images per class; choose one by --ipc")
+        ipc = self.config.ipc if self.config.ipc is not None else next(iter(budgets))
+        if ipc not in budgets:
+            raise StillroomError(f"{method!r} has no set of ipc {ipc}, but of {sorted(budgets)}; give one of these")
+        return budgets[ipc]
+
+    def compensated(self) -> Made:
+        """Return the set with compensators: the one that is asked for, or the first; StillroomError without any."""
+        asked = [name for name in self.config.sets if name not in (REAL, NATURALS)]
+        for made in [self.set_of(name) for name in asked] or self.made:
+            if made.distilled.compensators is not None and self.config.ipc in (None, made.ipc):
+                return made
+        raise StillroomError(
+            f"{', '.join(asked) or self.runs[0]} has no compensators, which this figure is of; make a set that has: "
+            "stillroom distill RECIPE --method infer, or stillroom compare RECIPE --grid.methods infer"
+        )
+
+    def choose(self, usual: Sequence[str]) -> list[str]:
+        """Return the sets to show: those that are asked for, or the `usual` ones that there are, else all."""
+        there = list(dict.fromkeys(made.method for made in self.made))
+        if any(made.distilled.compensators is not None for made in self.made):
+            there.append(NATURALS)
+        known = [REAL, *there]
+        for name in self.config.sets:
+            if name not in known:
+                raise StillroomError(f"sets has {name!r}, which {self.runs[0]} has not.{suggest(name, known)}")
+        found = [name for name in usual if name in known]
+        if set(found) <= {REAL, NATURALS}:
+            found += [name for name in there if name != NATURALS][:4]
+        return list(self.config.sets) or found
+
+    def results(self, name: str) -> list[dict[str, Any]]:
+        """Return the files `name` of the runs that have one: comparison.json, results.json."""
+        return [read_json(run / name) for run in self.runs if (run / name).exists()]
+
+    # -- data, teachers, sets ------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        plan = resolve_plan(self.config.compute, self.keep.notice)
+        plan.activate()
+        return plan
+
+    @functools.cached_property
+    def real(self) -> RealData:
+        """The real data of the runs; raises StillroomError where it is not what their sets were made of."""
+        place, manifest = self.config.data, self.made[0].distilled.manifest
+        default = DataConfig(image_size=manifest.image_size[0], resize=manifest.dataset.resize)
+        had = replace(self._section("data", default), source=place.source or manifest.dataset.name, root=place.root)
+        real = load_real(had)
+        check_matches(self.made[0].distilled, real)
+        if real.fingerprint != manifest.dataset.fingerprint:
+            self.keep.notice(f"the images of {real.name!r} are not byte for byte those that the sets were made of")
+        return real
+
+    @functools.cached_property
+    def teachers(self) -> list[Teacher]:
+        """The teachers that made the sets, by their weights."""
+        config = self._section("teachers", TeachersConfig())
+        return self._load(replace(config, **asdict(self.config.teachers)))
+
+    def _load(self, config: TeachersConfig) -> list[Teacher]:
+        known = {t.name: t.hash for made in self.made for t in made.distilled.manifest.teachers if t.hash}
+        hashes = {name: weights for name, weights in known.items() if name in config.networks}
+        return load_teachers(self.real, config, self.plan, self.keep, hashes)
+
+    @functools.cached_property
+    def labellers(self) -> list[Teacher]:
+        """Those of the teachers that label."""
+        chosen = self.settings.get("labelled_by")
+        return [teacher for teacher in self.teachers if chosen is None or teacher.name in chosen]
+
+    def labelled(self, name: str, kind: str) -> DistilledSet:
+        """Return the set of a method, or the naturals of one, with labels of this kind; its own where it has such."""
+        if name == NATURALS:
+            made = self.compensated().distilled.with_labels(None)
+            views = replace(made.manifest.views, naturals_as_views=True)
+            distilled = replace(made, compensators=None, manifest=replace(made.manifest, views=views))
+        else:
+            distilled = self.set_of(name).distilled
+        if distilled.manifest.label_kind == kind:
+            return distilled
+        teachers = [] if kind == "hard" else self.labellers
+        unit = f"labels-{distilled.fingerprint[:12]}"
+        return attach_labels(distilled, kind, teachers, self.plan, self.keep, unit)
+
+    # -- students ------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def student_config(self) -> StudentConfig:
+        return self._section("student", StudentConfig())
+
+    def steps(self, name: str) -> int:
+        """Return the optimiser steps of a set's student; of the one on real images 0, since a teacher's are others."""
+        if name == REAL:
+            return 0
+        train = self.student_config.train_for(self.config.labels)
+        return self.config.steps or steps_for(self.labelled(name, self.config.labels), train)
+
+    @functools.cached_property
+    def _students(self) -> dict[tuple[str, int], nn.Module]:
+        return {}
+
+    def student(self, name: str, seed: int) -> nn.Module:
+        """Return a student of a set, frozen, in eval mode: trained now, or as a figure before it left it.
+
+        "real": the student's network, trained on all real images as teachers are; it has one seed, the teachers'.
+        """
+        self.keep.check_time()
+        key = (name, 0 if name == REAL else seed)
+        if key not in self._students:
+            model = self._train_on_real() if name == REAL else self._train(name, seed)
+            self._students[key] = model.eval().requires_grad_(False)
+        return self._students[key]
+
+    def _train_on_real(self) -> nn.Module:
+        config = self._section("teachers", TeachersConfig())
+        config = replace(config, networks=(self.student_config.network,), source="train", checkpoints=())
+        return self._load(replace(config, cache=self.config.teachers.cache))[0].model
+
+    def _train(self, name: str, seed: int) -> nn.Module:
+        kind, config = self.config.labels, self.student_config
+        distilled = self.labelled(name, kind)
+        train, steps = config.train_for(kind), self.steps(name)
+        teachers = self.labellers if kind == "dynamic" else []
+        said = [distilled.fingerprint, hash_labels(distilled, teachers), asdict(config), kind, steps]
+        made_by = sha256_bytes(json.dumps(said).encode())
+        unit = f"student-{made_by[:16]}-{seed}"
+        if not self.keep.unit_done(unit):
+            where = self.keep.directory or "memory"
+            self.keep.notice(f"a student is trained on {name!r}, {kind} labels, {steps:,} steps, and kept in {where}")
+            model, history = fit_student(
+                distilled, self.real, config, train, steps, seed, teachers, self.plan, self.keep, unit, made_by=made_by
+            )
+            facts = {"set": name, "labels": kind, "steps": steps, "seed": seed, "top1": history[-1]["top1"]}
+            self.keep.finish_unit(unit, facts, model.state_dict())
+            return model
+        model = build_network(config.network, self.real.classes, self.real.image_size)
+        model.load_state_dict(self.keep.load_unit(unit)[1])
+        return self.plan.place(model)
+
+    @functools.cached_property
+    def _logits(self) -> dict[tuple[str, int], Tensor]:
+        return {}
+
+    def logits(self, name: str, seed: int) -> Tensor:
+        """Return a student's logits of the test split, float32 [images, classes], on the CPU."""
+        key = (name, 0 if name == REAL else seed)
+        if key not in self._logits:
+            self._logits[key] = self.predict(self.student(name, seed), self.real.test)
+        return self._logits[key]
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module, images: Images, rows: Tensor | None = None) -> Tensor:
+        """Return a network's logits of `rows` of `images` (all if None), float32 [images, classes], on the CPU."""
+        parts = []
+        for some in (torch.arange(len(images)) if rows is None else rows).split(TEST_BATCH):
+            batch = apply_normalization(images.batch(some).to(self.plan.device), self.real.mean, self.real.std)
+            with self.plan.autocast():
+                parts.append(model(batch.contiguous(memory_format=self.plan.memory_format)).float().cpu())
+        return torch.cat(parts)
+
+    def _section(self, name: str, default: Settings) -> Settings:
+        """Return a section of the first run's settings, of whatever version; what it lacks is as in `default`."""
+        if name not in self.settings:
+            return default
+        known = {own.name for own in dataclasses.fields(default)}
+        plain = {key: value for key, value in self.settings[name].items() if key in known}
+        return read_plain(plain, default, str(self.runs[0] / "config.json"), self.keep.notice)  # type: ignore[no-any-return]
+
+
+def find_sets(run: Path) -> list[Made]:
+    """Return the distilled sets of a run or comparison, those of a comparison named and ordered by its table.
+
+    Raises StillroomError where `run` is neither, or has none yet.
+    """
+    if not (run / "config.json").exists():
+        raise StillroomError(
+            f"{run} holds no config.json, so it is no run; give the directory of one, such as runs/demo"
+        )
+    made = []
+    if (run / "sets").is_dir():
+        results = run / "comparison.json"
+        rows = read_json(results)["rows"] if results.exists() else []
+        called = {f"{slug(row['method'])}-ipc{row['matched_ipc']}": row["method"] for row in rows}
+        folders = {path.name: path for path in (run / "sets").iterdir() if (path / "distilled/manifest.json").exists()}
+        for name in dict.fromkeys([*(name for name in called if name in folders), *sorted(folders)]):
+            method, _, ipc = name.rpartition("-ipc")
+            made.append(Made(called.get(name, method), int(ipc), folders[name]))
+    elif (run / "distilled/manifest.json").exists():
+        manifest = read_manifest(run / "distilled")
+        made.append(Made(manifest.method, manifest.ipc, run))
+    if not made:
+        raise StillroomError(f"{run} has no distilled set yet; the command that began it goes on")
+    return made
