@@ -13,14 +13,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Finished, write_toy_npz
-from test_workers import another_worker_at, assert_same_bits
+from test_workers import another_worker_at, assert_same_bits, wait_for
 
 from stillroom import __version__, cli, cluster
 from stillroom.cluster import Board, Placement, place
@@ -39,6 +38,7 @@ CPUS, GPUS = {"CPU": 16.0, "memory": 1e9}, {"CPU": 32.0, "GPU": 4.0}
         (ComputeConfig("cpu"), {}, [{"CPU": 2.0}], 2, 1, Placement(2, 1, 0)),  # the cores are shared out
         (ComputeConfig("cpu"), {"threads": 3, "device": "cpu"}, [CPUS], None, 3, Placement(5, 3, 0)),  # as it was begun
         (ComputeConfig(), {}, [CPUS, GPUS, GPUS], None, 8, Placement(8, 8, 1)),  # a card each, none without
+        (ComputeConfig("cuda", threads=4), {}, [GPUS], None, 4, Placement(4, 4, 1)),
         (ComputeConfig("cuda", threads=16), {}, [GPUS], None, 16, Placement(2, 16, 1)),  # as far as there are cores
         (ComputeConfig(), {"threads": 8, "device": "cpu"}, [CPUS, GPUS], None, 8, Placement(6, 8, 0)),
         (ComputeConfig("cpu"), {}, [CPUS], 3, 5, Placement(3, 5, 0)),
@@ -171,15 +171,6 @@ def begin_on_ray(folder: Path, address: str, *words: str) -> subprocess.Popen[st
         [*command, "--data.source", "toy.npz", *on_ray],
         cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-
-
-def wait_for(path: Path, pattern: str, seconds: float = 240) -> list[Path]:
-    ends = time.monotonic() + seconds
-    while time.monotonic() < ends:
-        if found := sorted(path.glob(pattern)):
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"no {pattern} in {path}")
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ def test_evaluate_and_squeeze_leave_out_what_says_nothing_too(
     show_evaluation(real, StudentConfig(measure_every_epochs=every_epochs), result, "own")
     expected = ("50.0", "75.0" if classes > 5 else "-", "62.5" if every_epochs else "-")
     assert columns(capsys.readouterr().out, "top-1", "top-5", "best top-1") == [expected]
-    show_teachers(real, [build_toy_teacher()])
+    show_teachers({"dataset": real.name, "classes": classes, "teachers": [build_toy_teacher().facts()]})
     assert columns(capsys.readouterr().out, "top-1", "top-5") == [("90.0 %", "100.0 %" if classes > 5 else "-")]
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,6 +109,16 @@ def test_a_unit_that_another_worker_finished_is_read(tmp_path: Path, waits: list
             "another",
         ]
     assert done == ["a"]
+
+
+def test_a_unit_that_another_worker_finished_just_before_it_was_claimed_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    with Run(tmp_path, worker="me") as run:
+        monkeypatch.setattr(Worker, "claim", lambda self, unit: run.finish_unit(unit, {"by": "another"}) or True)
+        assert run.carry_out([counting("a", done)])[0][0] == {"by": "another"}
+    assert not done
 
 
 def test_a_job_that_waits_for_others_is_put_off(tmp_path: Path, waits: list[Callable[[], None]]) -> None:
@@ -254,6 +265,15 @@ raise SystemExit(cli.main(words))
 """
 
 
+def wait_for(path: Path, pattern: str, seconds: float = 240) -> list[Path]:
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        if found := sorted(path.glob(pattern)):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"no {pattern} in {path}")
+
+
 def bare(value: Any) -> Any:
     """A unit's result without what depends on the clock."""
     if isinstance(value, dict):
@@ -281,16 +301,14 @@ def test_two_processes_make_what_one_makes_though_one_is_killed_in_the_middle(
     words = ["run", "toy", "--engine", "shared", "--out", str(tmp_path / "run")]
     command = [sys.executable, "-W", "ignore", "-c", COMMAND, str(Path(__file__).parent), data]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with (
-        subprocess.Popen([*command, "dies", *words], **pipes) as dies,
-        subprocess.Popen([*command, "lives", *words], **pipes) as lives,
-    ):
+    with subprocess.Popen([*command, "dies", *words], **pipes) as dies:
         try:
-            out, err = lives.communicate(timeout=600)
+            wait_for(tmp_path / "run" / "checkpoints", "compensators-*")
+            lives = subprocess.run([*command, "lives", *words], capture_output=True, text=True, timeout=600)
             _, last_words = dies.communicate(timeout=60)
         finally:
-            for process in (dies, lives):
-                process.kill()
+            dies.kill()
+    out, err = lives.stdout, lives.stderr
     assert (lives.returncode, dies.returncode) == (0, -signal.SIGKILL), (err, last_words)
     assert "goes on with compensators-toynet-" in out
     assert "from step 2" in out
