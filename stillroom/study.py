@@ -7,7 +7,6 @@ version made them, no setting must equal one of today.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from collections.abc import Sequence
@@ -283,11 +282,8 @@ class Study:
 
     def _section(self, name: str, default: Settings) -> Settings:
         """Return a section of the first run's settings, of whatever version; what it lacks is as in `default`."""
-        if name not in self.settings:
-            return default
-        known = {own.name for own in dataclasses.fields(default)}
-        plain = {key: value for key, value in self.settings[name].items() if key in known}
-        return read_plain(plain, default, str(self.runs[0] / "config.json"), self.keep.notice)  # type: ignore[no-any-return]
+        file = str(self.runs[0] / "config.json")
+        return read_plain(self.settings.get(name, {}), default, file, self.keep.notice)  # type: ignore[no-any-return]
 
 
 def find_sets(run: Path) -> list[Made]:
