@@ -27,8 +27,7 @@ from measure import (
     build_plan,
     cosine,
     describe_times,
-    matmul_peak,
-    peak_memory,
+    multiply_peak,
     run_steps,
     time_interleaved,
     time_steps,
@@ -39,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from stillroom import augment
-from stillroom.compute import Plan, build_generator
+from stillroom.compute import Plan, build_generator, peak_memory
 from stillroom.data import RealData
 from stillroom.methods.infer import InferConfig, begin_descent, objective_for
 from stillroom.networks import build_network
@@ -152,7 +151,7 @@ def measure_network(name: str, real: RealData, arguments: argparse.Namespace) ->
         seconds = row.get("compile_seconds")
         eager = per_slot_median(times, ours, label.replace("-compiled", "-eager"), baseline)
         switches[label]()
-        peak = matmul_peak(plan.device, dtype)
+        peak = multiply_peak(plan.device, dtype)
         described = describe_times(times[label], baseline, len(images), gflop, peak, row["memory"], slots)
         milliseconds = described["milliseconds"]
         rows[label] = {

@@ -54,11 +54,13 @@ def measure(arguments: argparse.Namespace, plan: Plan, run: Run) -> list[dict[st
     kept = ("directory", "data", "holdout_per_class", "ipc", "pool_seed")
     settings = {name: str(getattr(arguments, name)) for name in kept} | {"student": asdict(student)}
     run.bind_config(settings | {"teachers": asdict(replace(config, cache=None))}, plan.as_dict())
-    teachers = load_teachers(real, config, plan, run)
     if arguments.directory is None:
+        teachers = load_teachers(real, config, plan, run)
         plain = distill_random(real, teachers, arguments.ipc, RandomConfig(), 0, plan, run)
-    else:
+    else:  # a set's own teachers label it
         plain = load_distilled(arguments.directory / "distilled").with_labels(None)
+        hashes = {teacher.name: teacher.hash for teacher in plain.manifest.teachers}
+        teachers = load_teachers(real, replace(config, networks=tuple(hashes)), plan, run, hashes)
     rows: list[dict[str, Any]] = []
     for kind, pool in cells(arguments, real.classes):
         name = kind if pool is None else f"{kind}-{pool.encoding}-{pool.epochs}"
@@ -83,7 +85,9 @@ def main() -> None:
     parser.add_argument("--data", default="digits")
     parser.add_argument("--holdout-per-class", type=int, default=0, help="measure on training images held out")
     parser.add_argument("--ipc", type=int, default=10, help="of random images")
-    parser.add_argument("--networks", nargs="+", default=["resnet10_thin", "convnet_thin"], help="teachers")
+    parser.add_argument(
+        "--networks", nargs="+", default=["resnet10_thin", "convnet_thin"], help="teachers of random images"
+    )
     parser.add_argument("--teacher-epochs", type=int, default=10)
     parser.add_argument("--protocol", default="laptop", choices=PROTOCOLS)
     parser.add_argument("--student", help="network; the protocol's if not given")

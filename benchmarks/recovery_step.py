@@ -27,8 +27,7 @@ from measure import (
     build_plan,
     cosine,
     describe_times,
-    matmul_peak,
-    peak_memory,
+    multiply_peak,
     run_steps,
     time_interleaved,
     time_steps,
@@ -39,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from stillroom import augment
-from stillroom.compute import Plan, build_generator
+from stillroom.compute import Plan, build_generator, peak_memory
 from stillroom.data import RealData
 from stillroom.methods import gvbsm, sre2l
 from stillroom.methods.gvbsm import GvbsmConfig, Layout
@@ -140,7 +139,7 @@ def measure(method: str, name: str, real: RealData, arguments: argparse.Namespac
     target = layout = None
     if isinstance(config, GvbsmConfig):
         known = Teacher(name, teacher, {}, "", "")
-        target = gvbsm.gather_statistics(known, real, config, 0, build_plan(arguments, "float32-eager"), Run())
+        [target] = gvbsm.gather_statistics([known], real, config, 0, build_plan(arguments, "float32-eager"), Run())
         layout = gvbsm.Matcher(teacher, 1, config.patch_side).find_layout(real.image_size)
     draws = functools.partial(draw, config, len(positions), real.flip, layout)
     switches = functools.partial(use_torch_defaults, plan.device, plan.threads)
@@ -198,7 +197,7 @@ def measure(method: str, name: str, real: RealData, arguments: argparse.Namespac
         slots = 1 if label == "published" else ours[label].slots
         dtype = torch.float32 if label == "published" else plans[label].dtype
         before[label]()
-        peak = matmul_peak(plan.device, dtype)
+        peak = multiply_peak(plan.device, dtype)
         rows[label] = {
             "method": method,
             "network": name,

@@ -75,9 +75,8 @@ def optimise_in_float32(
     distilled: DistilledSet, teachers: list[Teacher], real: RealData, recipe: Recipe, plan: Plan, run: Run
 ) -> list[Tensor]:
     exact = replace(plan, precision="float32", compile="off")
-    naturals = distilled.images.unflatten(0, (-1, real.classes))
     seed = distilled.manifest.seeds["distill"]
-    return [recover_compensators(teacher, naturals, real, recipe.infer, seed, exact, run) for teacher in teachers]
+    return list(recover_compensators(teachers, distilled.images, real, recipe.infer, seed, exact, run))
 
 
 def measure(arguments: argparse.Namespace, plan: Plan, run: Run) -> list[dict[str, Any]]:

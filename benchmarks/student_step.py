@@ -25,8 +25,7 @@ from measure import (
     build_plan,
     cosine,
     describe_times,
-    matmul_peak,
-    peak_memory,
+    multiply_peak,
     run_steps,
     time_interleaved,
     time_steps,
@@ -36,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from stillroom.compute import Plan, build_generator
+from stillroom.compute import Plan, build_generator, peak_memory
 from stillroom.data import RealData
 from stillroom.distilled import DistilledSet, quantize_compensators
 from stillroom.manifest import ViewSettings
@@ -171,7 +170,7 @@ def measure_network(name: str, real: RealData, arguments: argparse.Namespace) ->
     rows = []
     for label, its_times in times.items():
         before[label]()
-        peak = matmul_peak(plan.device, torch.float32 if label == "common" else plans[label].dtype)
+        peak = multiply_peak(plan.device, torch.float32 if label == "common" else plans[label].dtype)
         described = describe_times(its_times, baseline, batch, gflop, peak, facts[label]["memory"])
         milliseconds = described["milliseconds"]
         eager = statistics.median(times.get(label.replace("-compiled", "-eager"), times["common"]))

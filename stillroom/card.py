@@ -159,6 +159,12 @@ def build_card(manifest: Manifest) -> bytes:
     return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
 
 
+def sheet_rows(labels: Tensor) -> Tensor:
+    """The positions int64 [cells] of the images that a contact sheet shows of those with `labels` int64 [n]."""
+    classes = labels.unique()[:SHEET_CELLS]
+    return torch.cat([(labels == label).nonzero().flatten()[:SHEET_CELLS] for label in classes])
+
+
 def build_contact_sheet(images: Tensor, labels: Tensor, compensators: Tensor | None) -> bytes:
     """A PNG of at most 10 x 10 images, one class per row, and below it one row of compensators per teacher.
 

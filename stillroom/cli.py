@@ -14,16 +14,17 @@
 Trained teachers are kept in a cache: --teachers.cache DIR (clean: --cache DIR), or else the environment variable
 STILLROOM_CACHE, or else ~/.cache/stillroom.
 
+Several workers share one run by --engine shared, each the same command, or by --engine ray (docs/cluster.md).
+
 Exit codes: 0 done; 1 could not be done (the message says why); 2 wrong usage; 3 stopped by --time-limit or a signal,
 with everything saved: the same command goes on.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -32,6 +33,7 @@ import torch
 import tyro
 
 from stillroom import __version__
+from stillroom.cluster import spread
 from stillroom.compare import compare
 from stillroom.compute import ComputeConfig, Plan, resolve_plan
 from stillroom.data import FACTS, DataConfig, RealData, hub_id, load_real
@@ -47,11 +49,11 @@ from stillroom.labels import PoolConfig, attach_labels
 from stillroom.manifest import LabelKind
 from stillroom.pipeline import (
     bound_settings,
-    distill_recipe,
     holds_labels,
-    open_stages,
+    make_recipe_set,
     provenance,
     run_recipe,
+    squeeze_recipe,
 )
 from stillroom.protocols import PROTOCOLS, ProtocolName, name_protocol, protocol_student
 from stillroom.recipes import RECIPES, Recipe, find_recipe
@@ -70,7 +72,16 @@ from stillroom.tables import (
     show_results,
     show_teachers,
 )
-from stillroom.teachers import Teacher, TeachersConfig, empty_cache, list_cache, load_teachers, untrained_teachers
+from stillroom.teachers import (
+    Teacher,
+    TeachersConfig,
+    cache_root,
+    empty_cache,
+    list_cache,
+    load_teachers,
+    untrained_teachers,
+)
+from stillroom.workers import name_worker
 
 OK, FAILED, USAGE, STOPPED = 0, 1, 2, 3
 
@@ -88,6 +99,10 @@ class RecipeCommand:
     out: Path | None = None  # run directory; runs/RECIPE if not given
     config: Path | None = None  # YAML file with settings, as --print-config writes it; flags override it
     time_limit: str | None = None  # stop cleanly after this time (90s, 9m, 2h); the same command goes on
+    engine: Literal["local", "shared", "ray"] = "local"
+    """Who does the work: this process; this one and others of the same command (a job array); or workers on Ray."""
+    workers: int | None = None  # on Ray; None: as many as there is room for
+    ray_address: str | None = None  # HOST:PORT or auto; None: $RAY_ADDRESS, or else a cluster of this machine alone
     dry_run: bool = False  # print the plan with an estimate of time, memory and bytes, and stop
     print_config: bool = False  # print the resolved settings as YAML and stop
 
@@ -178,6 +193,8 @@ class CleanCommand:
 
 
 Command = TypeVar("Command", bound=RecipeCommand)
+Settings = TypeVar("Settings", bound=Recipe)
+Result = TypeVar("Result")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -236,8 +253,8 @@ def run_command(words: list[str]) -> int:
     command = parse_recipe("run", words, RecipeCommand)
     if command is None:
         return OK
-    with _open_run(command) as run:
-        results = run_recipe(command.settings, run, command.recipe)
+    settings, name = command.settings, command.recipe
+    results = _carry_out(command, lambda compute, run: run_recipe(_computed(settings, compute), run, name))
     show_results(results)
     print_where(command.directory)
     return OK
@@ -248,8 +265,8 @@ def compare_command(words: list[str]) -> int:
     command = parse_recipe("compare", words, CompareCommand)
     if command is None:
         return OK
-    with _open_run(command) as run:
-        results = compare(command.settings, run, command.recipe)
+    settings, name = command.settings, command.recipe
+    results = _carry_out(command, lambda compute, run: compare(_computed(settings, compute), run, name))
     show_comparison(results)
     out = command.directory
     print(
@@ -264,10 +281,8 @@ def squeeze_command(words: list[str]) -> int:
     command = parse_recipe("squeeze", words, RecipeCommand)
     if command is None:
         return OK
-    with _open_run(command) as run:
-        real, plan = open_stages(dataclasses.replace(command.settings, controls=False), run)
-        teachers = load_teachers(real, command.settings.teachers, plan, run)
-    show_teachers(real, teachers)
+    settings = command.settings
+    show_teachers(_carry_out(command, lambda compute, run: squeeze_recipe(_computed(settings, compute), run)))
     return OK
 
 
@@ -276,11 +291,8 @@ def distill_command(words: list[str]) -> int:
     command = parse_recipe("distill", words, RecipeCommand)
     if command is None:
         return OK
-    with _open_run(command) as run:
-        real, plan = open_stages(dataclasses.replace(command.settings, controls=False), run)
-        needed = command.settings.needs_teachers
-        teachers = load_teachers(real, command.settings.teachers, plan, run) if needed else []
-        distill_recipe(command.settings, run, real, teachers, plan)
+    settings = command.settings
+    _carry_out(command, lambda compute, run: make_recipe_set(_computed(settings, compute), run))
     show_budget(command.directory / "distilled")
     return OK
 
@@ -312,7 +324,7 @@ def evaluate_command(words: list[str]) -> int:
     with Run(command.out, time_limit=parse_duration(command.time_limit)) as run, run.stop_on_signals():
         plan = resolve_plan(command.compute, run.notice)
         real = load_real(command.data)
-        check_matches(distilled, real)
+        check_matches(distilled, real, held_out=command.data.holdout_per_class > 0)
         kept = {k: v for k, v in asdict(command).items() if k in ("data", "student", "labels", "pool", "teachers")}
         settings = bound_settings(kept, real)
         settings["distilled"] = {role: facts.sha256 for role, facts in distilled.manifest.files.items()}
@@ -446,7 +458,7 @@ def parse_recipe(name: str, words: list[str], kind: type[Command]) -> Command | 
     command = parse_words(kind, name, words, kind(recipe, read_config(words, preset)))
     if command.protocol is not None:
         with reading_words():
-            settings = _recipe_under_protocol(preset, command.protocol, command.settings.data)
+            settings = _recipe_under_protocol(preset, command.protocol, command.settings)
         command = parse_words(kind, name, words, kind(recipe, read_config(words, settings)))
     parse_duration(command.time_limit)
     if command.recipe != recipe:
@@ -476,12 +488,15 @@ def _check_said_once(comparison: Comparison, preset: Recipe) -> None:
         raise UsageError(f"--ipc {comparison.ipc} is not looked at beside --grid.ipc; name it there")
 
 
-def _recipe_under_protocol(recipe: Recipe, name: ProtocolName, data: DataConfig) -> Recipe:
-    """Return the recipe with the protocol's students and labels, its own teachers kept: they make the set, too."""
+def _recipe_under_protocol(recipe: Recipe, name: ProtocolName, given: Recipe) -> Recipe:
+    """Return the recipe with the protocol's students and labels, its own teachers kept: they make the set, too.
+
+    given: the recipe with what the user gave besides, which says what data and teachers there are.
+    """
+    data, protocol = given.data, PROTOCOLS[name]
     size = data.image_size or (FACTS[data.source].image_size if data.source in FACTS else None)
-    protocol = PROTOCOLS[name]
     labelled_by = recipe.labelled_by
-    if protocol.teachers and set(protocol.teachers) <= set(recipe.teachers.networks):
+    if protocol.teachers and set(protocol.teachers) <= set(given.teachers.networks):
         labelled_by = protocol.teachers
     elif protocol.teachers:
         print(
@@ -490,7 +505,11 @@ def _recipe_under_protocol(recipe: Recipe, name: ProtocolName, data: DataConfig)
             file=sys.stderr,
         )
     return dataclasses.replace(
-        recipe, student=protocol_student(name, size), labels=protocol.labels, labelled_by=labelled_by
+        recipe,
+        teachers=given.teachers,
+        student=protocol_student(name, size),
+        labels=protocol.labels,
+        labelled_by=labelled_by,
     )
 
 
@@ -504,10 +523,24 @@ def _under_protocol(command: EvaluateCommand, name: ProtocolName) -> EvaluateCom
     return dataclasses.replace(command, student=student, labels=labels, teachers=teachers)
 
 
-@contextlib.contextmanager
-def _open_run(command: RecipeCommand) -> Iterator[Run]:
-    with Run(command.directory, time_limit=parse_duration(command.time_limit)) as run, run.stop_on_signals():
-        yield run
+def _computed(settings: Settings, compute: ComputeConfig) -> Settings:
+    return dataclasses.replace(settings, compute=compute)
+
+
+def _carry_out(command: RecipeCommand, work: Callable[[ComputeConfig, Run], Result]) -> Result:
+    """Return what `work` returns: done by this process, as one of several that share the directory, or on Ray."""
+    directory, compute, limit = command.directory, command.settings.compute, parse_duration(command.time_limit)
+    if command.engine == "ray":
+        cache = cache_root(command.settings.teachers.cache).resolve()
+        return spread(
+            work, directory, compute, cache,
+            address=command.ray_address, workers=command.workers, time_limit=limit,
+        )  # fmt: skip
+    if command.workers is not None or command.ray_address is not None:
+        raise UsageError("--workers and --ray-address are Ray's: give --engine ray too")
+    worker = name_worker() if command.engine == "shared" else None
+    with Run(directory, time_limit=limit, worker=worker) as run, run.stop_on_signals():
+        return work(compute, run)
 
 
 def _as_its_run(path: Path) -> EvaluateCommand:

@@ -13,6 +13,7 @@ is marked in the table and does not lose the others.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -46,7 +47,7 @@ from stillroom.pipeline import (
 from stillroom.protocols import name_protocol
 from stillroom.recipes import EXPECTED, RECIPES, Recipe
 from stillroom.render import FORMATS, caption_of, records_of, table_of, to_csv
-from stillroom.run import Run
+from stillroom.run import Run, Task
 from stillroom.scores import (
     augmentation_robust_score,
     hard_label_recovery,
@@ -107,14 +108,14 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
     Raises StillroomError with the list of all cells that cannot be, before any work; a cell that fails later is among
     the results, with its message.
     """
-    if run.directory is None:
+    if (directory := run.directory) is None:
         raise StillroomError("a comparison needs a run directory to keep its sets; give one with --out")
     entries: list[Entry] = []
     real, plan = open_stages(
         comparison, run, lambda real: entries.extend(check_grid(comparison, real)), shared_settings, tuple(METHODS)
     )
     made_by = provenance(plan)
-    needed = any(entry.recipe.needs_teachers for entry in entries)
+    needed = any(entry.needs_teachers for entry in entries)
     teachers = load_teachers(real, comparison.teachers, plan, run) if needed else []
     references = measure_references(comparison, real, plan, run)
     work = Work(comparison, real, teachers, plan, run, references, comparison.student, comparison)
@@ -131,15 +132,23 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
         "provenance": made_by,
         "settings": asdict(comparison),
     }
-    for entry in entries:
-        for row in compare_entry(entry, work):
-            results["rows"].append(row)
+    rows: dict[tuple[int, int], dict[str, Any]] = {}  # by the numbers of the entry and of its row
+
+    def fill(number: int) -> None:
+        for place, row in compare_entry(entries[number], work):
+            if (number, place) in rows:  # of an entry that was put off, read back
+                continue
+            rows[number, place] = row
+            results["rows"] = [rows[key] for key in sorted(rows)]
             note_label_gains(results["rows"])
             run.event("row", **row)
-            write_tables(results, run.directory)
+            write_tables(results, directory)
             if not run.show:  # where there are no bars, in a file say
                 print(say_row(row), file=sys.stderr, flush=True)
-    if others := {path.name for path in (run.directory / "sets").iterdir()} - work.sets:
+
+    for _ in run.in_any_order([functools.partial(fill, number) for number in range(len(entries))]):
+        pass
+    if others := {path.name for path in (directory / "sets").iterdir()} - work.sets:
         run.notice(f"kept, but not in this table, since --grid.methods does not name them: {', '.join(sorted(others))}")
     return results
 
@@ -194,9 +203,9 @@ def measure_references(comparison: Comparison, real: RealData, plan: Plan, run: 
     return found
 
 
-def compare_entry(entry: Entry, work: Work) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one distilled set: one for each student and kind of label."""
-    students, kinds = work.students, entry.recipe.labels
+def compare_entry(entry: Entry, work: Work) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of one distilled set, one for each student and kind of label, with their places among them."""
+    asked = [(student, labels) for student in work.students for labels in entry.recipe.labels]
     try:
         distilled, seconds = make_set(entry, work)
         random = None
@@ -205,26 +214,27 @@ def compare_entry(entry: Entry, work: Work) -> Iterator[dict[str, Any]]:
             random, _ = make_set(Entry("random", entry.budget_ipc, control), work)
         duplication = measure_duplication(distilled, work)
     except FAILURES as error:
-        yield from (_failed(entry, student, labels, error, work) for student in students for labels in kinds)
+        yield from enumerate(_failed(entry, student, labels, error, work) for student, labels in asked)
         return
-    for student in students:
-        for labels in kinds:
-            # No random images have learned labels, to compare by.
-            scored = labels not in ("hard", "learned") and student.network in work.references
-            recipe = replace(entry.recipe, student=student, labels=("hard", labels) if scored else (labels,))
-            own = replace(work, student=student, recipe=recipe)
-            try:
-                cells = build_cells(
-                    recipe, distilled, work.real, work.teachers, work.plan, work.run, slug(entry.name), random
-                )
-                row = compare_cell(entry, distilled, labels, cells, own)
-                if scored:
-                    row["scores"] = score_cell(labels, cells, own)
-            except FAILURES as error:
-                yield _failed(entry, student, labels, error, work)
-                continue
-            row["seconds"]["distil"] = seconds
-            yield row | {"duplication": duplication}
+
+    def compare_labels(student: StudentConfig, labels: LabelKind) -> dict[str, Any]:
+        # No random images have learned labels, to compare by.
+        scored = labels not in ("hard", "learned") and student.network in work.references
+        recipe = replace(entry.recipe, student=student, labels=("hard", labels) if scored else (labels,))
+        own = replace(work, student=student, recipe=recipe)
+        try:
+            cells = build_cells(
+                recipe, distilled, work.real, work.teachers, work.plan, work.run, slug(entry.name), random
+            )
+            row = compare_cell(entry, distilled, labels, cells, own)
+            if scored:
+                row["scores"] = score_cell(labels, cells, own)
+        except FAILURES as error:
+            return _failed(entry, student, labels, error, work)
+        row["seconds"]["distil"] = seconds
+        return row | {"duplication": duplication}
+
+    yield from work.run.in_any_order([functools.partial(compare_labels, *pair) for pair in asked])
 
 
 def make_set(entry: Entry, work: Work) -> tuple[DistilledSet, float | None]:
@@ -251,16 +261,28 @@ def compare_cell(entry: Entry, saved: DistilledSet, labels: LabelKind, cells: li
     A control that fails is marked, and takes nothing else of the row with it.
     """
     own = next(cell for cell in cells if not cell.budgets and cell.labels == labels)
-    result = work.train(own)
+    matched = [(c, budget) for c in cells for budget, kind in c.budgets if kind == labels]
+
+    def train(cell: Cell) -> Evaluation | str:
+        try:
+            return work.train(cell)
+        except FAILURES as error:
+            if cell is own:
+                raise
+            return say(error)
+
+    trainings = [own, *(control for control, _ in matched)]
+    found = dict(work.run.in_any_order([functools.partial(train, cell) for cell in trainings]))
+    result = found[0]
+    assert isinstance(result, Evaluation)
     differences: dict[str, list[float | None]] = {}
     failed: dict[str, str] = {}
-    matched = [(c, budget) for c in cells for budget, kind in c.budgets if kind == labels]
-    for control, budget in matched:
-        name = f"{control.set} + {control.labels}, {budget}"
-        try:
-            differences[name] = _paired(*([100 * v for v in found.top1] for found in (result, work.train(control))))
-        except FAILURES as error:
-            failed[name] = say(error)
+    for number, (control, budget) in enumerate(matched, 1):
+        name, other = f"{control.set} + {control.labels}, {budget}", found[number]
+        if isinstance(other, str):
+            failed[name] = other
+        else:
+            differences[name] = _paired(*([100 * v for v in one.top1] for one in (result, other)))
     dynamic_bytes = result.label_bytes if labels == "dynamic" else 0
     return {
         "method": entry.name,
@@ -317,14 +339,16 @@ def measure_duplication(distilled: DistilledSet, work: Work) -> float | None:
         return None
     teacher = work.teachers[0]
     unit = f"duplication-{distilled.fingerprint[:12]}-{teacher.hash[:12]}"
-    if not work.run.unit_done(unit):
-        try:
-            value = feature_duplication(distilled, teacher, work.plan)
-        except StillroomError as error:
-            work.run.notice(f"feature duplication is not measured: {error}")
-            return None
-        work.run.finish_unit(unit, {"duplication": value})
-    return work.run.load_unit(unit)[0]["duplication"]  # type: ignore[no-any-return]
+
+    def make() -> tuple[dict[str, Any], None]:
+        return {"duplication": feature_duplication(distilled, teacher, work.plan)}, None
+
+    try:
+        [(made, _)] = work.run.carry_out([Task(unit, make)])
+    except StillroomError as error:
+        work.run.notice(f"feature duplication is not measured: {error}")
+        return None
+    return made["duplication"]  # type: ignore[no-any-return]
 
 
 def describe_content(distilled: DistilledSet) -> dict[str, float]:
@@ -361,7 +385,7 @@ def paper_number(entry: Entry, labels: str, student: StudentConfig, real: RealDa
     """
     method, recipe = entry.recipe.method, replace(entry.recipe, student=student)
     variant = variant_of(recipe)
-    if entry.folder is not None or (entry.name != method and variant == method):
+    if entry.folder is not None:
         return None
     recipe = replace(recipe, infer=replace(recipe.infer, teachers=None), labelled_by=None)
     for dataset in FACTS:

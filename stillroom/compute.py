@@ -18,7 +18,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -244,6 +244,39 @@ def _free_memory(device: str) -> int | None:
     except (OSError, ValueError):
         pass
     return free
+
+
+def peak_memory(step: Callable[[], object], device: str) -> int | None:
+    """Return how many bytes more than before `step` held at its peak; None where the system does not tell.
+
+    CUDA: allocated tensors. Linux: resident memory, with the kernel's high-water mark reset and freed memory handed
+    back first.
+    """
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    before = resident_memory("VmRSS")
+    step()
+    return resident_memory("VmHWM") - before
+
+
+def resident_memory(field: Literal["VmRSS", "VmHWM"] = "VmRSS") -> int:
+    """Return the bytes of this process in memory now (VmRSS) or at most so far (VmHWM); 0 where it is not Linux."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
 
 
 def _keep_freed_memory() -> None:

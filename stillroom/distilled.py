@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,26 +27,32 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stillroom.artifact import (
+    ImageFile,
+    StoredImages,
+    blocks_of,
+    can_hold,
+    check_part,
+    decode_files,
     decode_images,
-    decode_picture,
-    encode_images,
     encode_picture,
-    read_part,
+    map_in_threads,
     to_8_bits,
     to_pixels,
     write_version,
 )
-from stillroom.card import Budget, budget_of, build_card, build_contact_sheet
+from stillroom.card import Budget, budget_of, build_card, build_contact_sheet, sheet_rows
 from stillroom.errors import StillroomError, suggest
-from stillroom.files import parse_tensors, sha256_bytes, tensor_bytes
+from stillroom.files import Pieces, count_pieces, load_tensors, sha256_bytes, tensor_pieces
 from stillroom.logits import StoredLogits
 from stillroom.manifest import (
     CARD_ROLES,
     MANIFEST_NAME,
     FileFacts,
+    ImageEncoding,
     ImageEncodingChoice,
     LabelKind,
     Manifest,
+    PictureEncoding,
     PoolFacts,
     file_name,
     read_manifest,
@@ -57,6 +63,7 @@ JPEG_QUALITY = 75  # what the published scripts save their views with
 # Larger images are stored with loss: of photographs at 224 pixels PNG takes 2.8 times what JPEG 95 does (docs/log.md).
 LOSSLESS_UP_TO = 64
 
+LABEL_ROWS = 8192  # of soft labels that are looked at at a time
 EXACT_ENCODINGS = ("png", "float16")  # what images are encoded by whenever they are saved, since nothing is lost
 
 Transform = Callable[[Tensor], Tensor]
@@ -138,7 +145,8 @@ class DistilledSet:
     """Images, compensators and labels of one distilled set, all on one device.
 
     images uint8 [n, 3, height, width] (naturals, or another method's images), or float16 in [0, 1] units, which may lie
-    beyond 0 and 1, where the manifest's image_encoding is "float16"; labels int64 [n]; slots int64 [n], the index of
+    beyond 0 and 1, where the manifest's image_encoding is "float16"; what would take too much memory is decoded where
+    rows of it are asked for (`artifact.StoredImages`); labels int64 [n]; slots int64 [n], the index of
     each image within its class; soft_labels float16 [views, classes], logits in the order of `view_table`, static or
     learned; `image_files`: the images as they are stored, where that loses something (see `with_image_encoding`), else
     None; pool: replayed labels [epochs, steps, batch, classes] of the batches that `manifest.pool` describes, which
@@ -146,7 +154,7 @@ class DistilledSet:
     Raises StillroomError where the parts contradict each other or the manifest.
     """
 
-    images: Tensor
+    images: Tensor | StoredImages
     labels: Tensor
     slots: Tensor
     compensators: StoredCompensators | None
@@ -164,7 +172,7 @@ class DistilledSet:
             f"images are {self.images.dtype} {list(self.images.shape)}, but must be {pixels} {expected}, at least one, "
             f"as image_encoding is {manifest.image_encoding!r}.",
         )
-        if pixels == "float16":
+        if isinstance(self.images, Tensor) and pixels == "float16":
             bad = (~torch.isfinite(self.images).flatten(1).all(1)).nonzero().flatten().tolist()[:3]
             _require(
                 not bad,
@@ -210,7 +218,8 @@ class DistilledSet:
                 labels.dtype == torch.float16 and list(labels.shape) == shape,
                 f"soft labels are {labels.dtype} {list(labels.shape)}, but must be float16 {shape}: a row per view.",
             )
-            rows = (~torch.isfinite(labels).all(1)).nonzero().flatten().tolist()[:3]
+            finite = torch.cat([block.isfinite().all(1) for block in labels.split(LABEL_ROWS)])
+            rows = (~finite).nonzero().flatten().tolist()[:3]
             _require(not rows, f"soft labels of views {rows} are not finite in float16: check their teachers.")
         _require(
             (self.pool is None) == (manifest.pool is None),
@@ -240,13 +249,14 @@ class DistilledSet:
         equal. Labels and a learning rate that were learned count, since nothing else tells of them.
         """
         stored = self.compensators
-        parts = [self.images, self.labels, self.slots, *([] if stored is None else [stored.codes])]
+        parts = [self.labels, self.slots, *([] if stored is None else [stored.codes])]
         parts += [] if stored is None or stored.scale is None else [stored.scale]
         if self.soft_labels is not None and self.manifest.label_kind == "learned":
             parts.append(self.soft_labels)
         facts: list[Any] = [dataclasses.asdict(self.manifest.views), [t.hash for t in self.manifest.teachers]]
         facts += [] if self.manifest.learning_rate is None else [self.manifest.learning_rate]
-        digests = [sha256_bytes(part.contiguous().cpu().numpy().tobytes()) for part in parts]
+        of_images = self.images.sha256 if isinstance(self.images, StoredImages) else _sha256(self.images)
+        digests = [of_images, *map(_sha256, parts)]
         return sha256_bytes(json.dumps([digests, facts]).encode())
 
     def view_table(self) -> Tensor:
@@ -261,12 +271,13 @@ class DistilledSet:
 
         image / 255 (float16 images as they are) + compensator, from what is stored, cut to [0, 1] if the manifest says
         so. With the encoding "jpeg75" every view, plain images included, is what an 8-bit JPEG leaves of it; the first
-        call encodes all.
+        call encodes all, where these are not too many to hold.
         """
         rows = rows.to(self.images.device, non_blocking=True)
-        if self.manifest.views.view_encoding == "jpeg75":
-            return self._jpeg_views[rows].float() / 255
-        return self._form_exact(rows)
+        if self.manifest.views.view_encoding != "jpeg75":
+            return self._form_exact(rows)
+        held = can_hold(self.view_count * self.images.shape[1:].numel())
+        return (self._jpeg_views[rows] if held else self._through_jpeg(rows)).float() / 255
 
     def views(
         self, transform: Transform | None = None, normalize: bool = True, temperature: float = 1.0
@@ -323,23 +334,20 @@ class DistilledSet:
                 f"the images are float16 pixels, which {encoding} would cut and round: leave image_encoding at 'auto'.",
             )
             return self
-        if encoding == "auto":
-            encoding = "png" if max(self.manifest.image_size) <= LOSSLESS_UP_TO else "jpeg95"
+        encoding = choose_encoding(encoding, max(self.manifest.image_size))
         if encoding == self.manifest.image_encoding:
             return self
         _require(
             self.image_files is None,
             f"the images are stored as {self.manifest.image_encoding}; encode the originals as {encoding} instead.",
         )
-        height, width = self.manifest.image_size
-        files = tuple(encode_picture(image, encoding) for image in self.images.cpu())
-        images = torch.stack([decode_picture(file, encoding, (width, height)) for file in files])
+        files = self._encode(encoding)
         label_kind = self.manifest.label_kind
         soft_labels = self.soft_labels if label_kind == "learned" else None
         label_kind = "hard" if label_kind in ("static", "replayed") else label_kind
         return dataclasses.replace(
             self,
-            images=images.to(self.images.device),
+            images=decode_files(files, encoding, self.manifest.image_size).to(self.images.device),
             image_files=files,
             soft_labels=soft_labels,
             pool=None,
@@ -366,14 +374,26 @@ class DistilledSet:
         Raises StillroomError where the folder holds other things or cannot be written.
         """
         contents = _encode_parts(self)
-        manifest = dataclasses.replace(self.manifest, files=_describe(self, contents))
-        offsets = None if self.compensators is None else dequantize_compensators(self.compensators)
-        shown = self.images if self.images.dtype == torch.uint8 else to_8_bits(self.images)
-        contents["contact_sheet"] = build_contact_sheet(shown, self.labels, offsets)
-        contents["card"] = build_card(manifest)
-        manifest = dataclasses.replace(manifest, files=_describe(self, contents))
-        write_version(Path(path), manifest, contents)
+        files = _describe(self, contents)
+        card: dict[str, bytes | Pieces] = {
+            "contact_sheet": self._contact_sheet(),
+            "card": build_card(dataclasses.replace(self.manifest, files=files)),
+        }
+        manifest = dataclasses.replace(self.manifest, files=files | _describe(self, card))
+        write_version(Path(path), manifest, contents | card)
         return manifest
+
+    def _contact_sheet(self) -> bytes:
+        shown = sheet_rows(self.labels)
+        images = self.images[shown]
+        offsets = None if self.compensators is None else dequantize_compensators(self.compensators)
+        images = images if images.dtype == torch.uint8 else to_8_bits(images)
+        return build_contact_sheet(images, self.labels[shown], offsets)
+
+    def _encode(self, encoding: ImageEncoding) -> tuple[bytes, ...]:
+        """The images as files, encoded by a thread per processor."""
+        encode = functools.partial(encode_picture, encoding=encoding)
+        return tuple(file for block in blocks_of(self.images) for file in map_in_threads(encode, block.unbind()))
 
     def _form_exact(self, rows: Tensor) -> Tensor:
         image, compensator = self._table[rows].unbind(1)
@@ -402,15 +422,26 @@ class DistilledSet:
 
     @functools.cached_property
     def _jpeg_views(self) -> Tensor:
-        encoded = torch.empty(self.view_count, *self.images.shape[1:], dtype=torch.uint8)
-        for rows in torch.arange(self.view_count).split(256):
-            # Floored, not rounded, as the published scripts do; x / 255 * 255 is exact for every 8-bit x.
-            views = (self._form_exact(rows.to(self.images.device)).clamp(0, 1) * 255).floor().to(torch.uint8)
-            for row, view in zip(rows.tolist(), views.cpu(), strict=True):
-                buffer = io.BytesIO()
-                Image.fromarray(to_pixels(view)).save(buffer, "JPEG", quality=JPEG_QUALITY)
-                encoded[row] = torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)
-        return encoded.to(self.images.device)
+        return torch.cat([self._through_jpeg(rows) for rows in torch.arange(self.view_count).split(256)])
+
+    def _through_jpeg(self, rows: Tensor) -> Tensor:
+        """Views uint8 [batch, 3, height, width] as a JPEG leaves them."""
+        # Floored, not rounded, as the published scripts do; x / 255 * 255 is exact for every 8-bit x.
+        views = (self._form_exact(rows.to(self.images.device)).clamp(0, 1) * 255).floor().to(torch.uint8)
+
+        def encode(view: Tensor) -> Tensor:
+            buffer = io.BytesIO()
+            Image.fromarray(to_pixels(view)).save(buffer, "JPEG", quality=JPEG_QUALITY)
+            return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)
+
+        return torch.stack(map_in_threads(encode, views.cpu().unbind())).to(self.images.device)
+
+
+def choose_encoding(choice: ImageEncodingChoice, side: int) -> PictureEncoding:
+    """Return what images of `side` pixels are stored as; auto: png up to 64 pixels, jpeg95 above."""
+    if choice != "auto":
+        return choice
+    return "png" if side <= LOSSLESS_UP_TO else "jpeg95"
 
 
 class ViewDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -465,8 +496,8 @@ def load_distilled(path: Path | str, ignore_card: bool = False) -> DistilledSet:
     folder = Path(path)
     manifest = read_manifest(folder)
     skipped = CARD_ROLES if ignore_card else ()
-    contents = {role: read_part(folder, role, facts) for role, facts in manifest.files.items() if role not in skipped}
-    return _decode(folder, manifest, contents)
+    paths = {role: check_part(folder, role, facts) for role, facts in manifest.files.items() if role not in skipped}
+    return _decode(folder, manifest, paths)
 
 
 def verify_distilled(path: Path | str) -> list[str]:
@@ -477,16 +508,16 @@ def verify_distilled(path: Path | str) -> list[str]:
     except StillroomError as error:
         return [str(error)]
     problems: list[str] = []
-    contents: dict[str, bytes] = {}
+    paths: dict[str, Path] = {}
     for role, facts in manifest.files.items():
         try:
-            contents[role] = read_part(folder, role, facts)
+            paths[role] = check_part(folder, role, facts)
         except StillroomError as error:
             problems.append(str(error))
     if problems:
         return problems
     try:
-        _decode(folder, manifest, contents)
+        _decode(folder, manifest, paths)
     except StillroomError as error:
         return [str(error)]
     return []
@@ -517,46 +548,53 @@ def _holdings(distilled: DistilledSet) -> dict[str, tuple[int, int]]:
     return holdings
 
 
-def _describe(distilled: DistilledSet, contents: dict[str, bytes]) -> dict[str, FileFacts]:
+def _describe(distilled: DistilledSet, contents: Mapping[str, bytes | Pieces]) -> dict[str, FileFacts]:
     holdings, files = _holdings(distilled), {}
     for role, content in contents.items():
         digest = sha256_bytes(content)
-        files[role] = FileFacts(file_name(role, digest), len(content), digest, *holdings.get(role, (0, 0)))
+        files[role] = FileFacts(file_name(role, digest), count_pieces(content), digest, *holdings.get(role, (0, 0)))
     return files
 
 
-def _encode_parts(distilled: DistilledSet) -> dict[str, bytes]:
+def _sha256(part: Tensor) -> str:
+    return sha256_bytes([part.contiguous().cpu().numpy().data])
+
+
+def _encode_parts(distilled: DistilledSet) -> dict[str, bytes | Pieces]:
     stored, class_names = distilled.compensators, distilled.manifest.class_names
     encoding = distilled.manifest.image_encoding
-    files = distilled.image_files or [encode_picture(image, encoding) for image in distilled.images.cpu()]
-    contents = {"images": encode_images(files, distilled.labels, distilled.slots, class_names, encoding)}
+    files = distilled.image_files or distilled._encode(encoding)
+    contents: dict[str, bytes | Pieces] = {
+        "images": ImageFile(files, distilled.labels, distilled.slots, class_names, encoding)
+    }
     if stored is not None:
         tensors = {"compensators": stored.codes} | ({} if stored.scale is None else {"scale": stored.scale})
-        contents["compensators"] = tensor_bytes(tensors, {"units": "pixels in [0, 1]"}, "the compensators")
+        contents["compensators"] = tensor_pieces(tensors, {"units": "pixels in [0, 1]"}, "the compensators")
     if distilled.soft_labels is not None:
-        contents["labels"] = tensor_bytes({"logits": distilled.soft_labels}, {}, "the labels")
+        contents["labels"] = tensor_pieces({"logits": distilled.soft_labels}, {}, "the labels")
     if distilled.pool is not None:
-        contents["labels"] = tensor_bytes(distilled.pool.tensors, {}, "the labels")
+        contents["labels"] = tensor_pieces(distilled.pool.tensors, {}, "the labels")
     return contents
 
 
-def _decode(folder: Path, manifest: Manifest, contents: dict[str, bytes]) -> DistilledSet:
+def _decode(folder: Path, manifest: Manifest, paths: dict[str, Path]) -> DistilledSet:
+    """The set whose files, by role, lie at `paths` and have been checked."""
     for role in ("images", *CARD_ROLES):
         _require(role in manifest.files, f"{folder / MANIFEST_NAME}: files lacks {role}.")
     compensators, soft_labels, pool = None, None, None
-    path = folder / manifest.files["images"].name
+    path = paths["images"]
     try:
         encoding = manifest.image_encoding
         images, labels, slots, image_files = decode_images(
-            contents["images"], manifest.files["images"], manifest.image_size, encoding
+            path, manifest.files["images"], manifest.image_size, encoding
         )
-        if "compensators" in contents:
-            path = folder / manifest.files["compensators"].name
-            tensors, _ = parse_tensors(contents["compensators"], path)
+        if "compensators" in paths:
+            path = paths["compensators"]
+            tensors, _ = load_tensors(path)
             compensators = StoredCompensators(tensors["compensators"], tensors.get("scale"))
-        if "labels" in contents:
-            path = folder / manifest.files["labels"].name
-            tensors, _ = parse_tensors(contents["labels"], path)
+        if "labels" in paths:
+            path = paths["labels"]
+            tensors, _ = load_tensors(path)
             if manifest.pool is None:
                 soft_labels = tensors["logits"]
             else:
@@ -568,8 +606,13 @@ def _decode(folder: Path, manifest: Manifest, contents: dict[str, bytes]) -> Dis
         distilled = DistilledSet(images, labels, slots, compensators, soft_labels, manifest, kept, pool)
     except StillroomError as error:
         raise StillroomError(f"{folder}: {error}") from error
-    _require(
-        _describe(distilled, contents) == {role: manifest.files[role] for role in contents},
-        f"{folder / MANIFEST_NAME}: the entries or raw bytes of files are not what the files hold: save the set again.",
-    )
+    holdings = _holdings(distilled)
+    for role in paths:
+        facts = manifest.files[role]
+        _require(
+            (facts.entries, facts.raw_bytes) == holdings.get(role, (0, 0))
+            and facts.name == file_name(role, facts.sha256),
+            f"{folder / MANIFEST_NAME}: the entries or raw bytes of files are not what the files hold: save the set "
+            "again.",
+        )
     return distilled

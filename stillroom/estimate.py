@@ -1,7 +1,7 @@
 """What a recipe will take, before it starts: a few steps of each stage are timed on this machine and multiplied.
 
-Steps run without torch.compile, so compiled stages come out faster; memory is what one step keeps for its backward
-pass, plus weights and optimiser.
+Steps run without torch.compile, so compiled stages come out faster. Memory is what a step takes at its peak, where the
+system tells it, and else what it keeps for its backward pass; of a teacher its weights, of a set what is held of it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillroom.compute import Plan, resolve_plan
+from stillroom.artifact import can_hold, encode_picture
+from stillroom.compute import Plan, peak_memory, resident_memory, resolve_plan
 from stillroom.data import RealData, load_real
-from stillroom.distilled import load_distilled
+from stillroom.distilled import choose_encoding, load_distilled
 from stillroom.grid import Comparison, Entry, check_grid, set_name
 from stillroom.labels import count_label_bytes, dynamic_label_bytes
 from stillroom.methods import METHODS, gvbsm
@@ -33,6 +34,7 @@ from stillroom.students import soft_label_loss
 from stillroom.teachers import cache_entry
 
 TIMED_STEPS = 3
+TIMED_IMAGES = 16  # that are encoded to learn what a file takes
 TIMED_SCORES = 64  # images of a pass that is timed in place of SCORING_BATCH
 
 
@@ -59,11 +61,16 @@ def estimate_recipe(recipe: Recipe, last: str = "students") -> tuple[list[Stage]
     notes: list[str] = []
     real, plan = _open(recipe, notes)
     check_recipe(recipe, real)
+    begun_with = resident_memory()
     stages = _teacher_stages(recipe, real, plan, notes) if recipe.needs_teachers or last == "teachers" else []
     if last != "teachers":
         stages += _distill_stages(recipe, real, plan)
     if last == "students":
         stages += _student_stages(recipe, real, plan, set())
+    if plan.device == "cpu" and begun_with:
+        held = begun_with + sum(stage.memory for stage in stages if not stage.seconds)
+        most = held + max((stage.memory for stage in stages if stage.seconds), default=0)
+        notes.append(f"memory: {most / 2**30:.1f} GiB at most, {begun_with / 2**30:.1f} of them libraries and data")
     return stages, notes
 
 
@@ -75,7 +82,7 @@ def estimate_comparison(comparison: Comparison) -> tuple[list[Stage], list[str]]
     notes: list[str] = []
     real, plan = _open(comparison, notes)
     entries = check_grid(comparison, real)
-    needed = any(entry.recipe.needs_teachers for entry in entries)
+    needed = any(entry.needs_teachers for entry in entries)
     stages = _teacher_stages(comparison, real, plan, notes) if needed else []
     known: set[Training] = set()
     made: set[str] = set()
@@ -94,13 +101,16 @@ def estimate_comparison(comparison: Comparison) -> tuple[list[Stage], list[str]]
 
 
 def _open(recipe: Recipe, notes: list[str]) -> tuple[RealData, Plan]:
-    plan = resolve_plan(recipe.compute, notes.append)
+    resolve_plan(recipe.compute)  # a device that is not there is refused before the data is read
+    real = load_real(recipe.data)
+    plan = resolve_plan(recipe.compute, notes.append, (real.classes, real.image_size))
     plan.activate()
+    chunks = f", {plan.chunk_images} images of a slot at a time" if plan.chunk_images else ""
     notes.append(
         f"plan: {plan.device}, {plan.precision}, {plan.threads} threads, compile {plan.compile} (times are "
-        f"without it), {plan.pack_slots} slots per step"
+        f"without it), {plan.pack_slots} slots per step{chunks}"
     )
-    return load_real(recipe.data), plan
+    return real, plan
 
 
 def _teacher_stages(recipe: Recipe, real: RealData, plan: Plan, notes: list[str]) -> list[Stage]:
@@ -135,12 +145,18 @@ def _distill_stages(recipe: Recipe, real: RealData, plan: Plan) -> list[Stage]:
     elif recipe.method != "random":
         stages = [Stage(recipe.method, "not timed, not counted", 0.0, 0, 0)]
     kept = content.images * pixels * content.image_bits // 8
-    stages.append(Stage("images", f"{content.images:,} images", 0.0, 0, kept))
+    if not can_hold(kept) and content.image_bits == 8:  # as their files
+        encoding = choose_encoding(recipe.image_encoding, real.image_size)
+        rows = torch.linspace(0, len(real.train) - 1, TIMED_IMAGES).long()
+        files = [encode_picture(image, encoding) for image in real.train.batch(rows).cpu()]
+        kept = content.images * sum(map(len, files)) // len(files)
+    of_control = recipe.controls and recipe.method != "random"
+    stages.append(Stage("images", f"{content.images:,} images", 0.0, kept * (1 + of_control), kept))
     train = recipe.student.train
     for kind in ("static", "learned"):
         if content.learned_labels if kind == "learned" else kind in recipe.labels:
             kept = count_label_bytes(kind, content.views, real.classes, recipe.pool, train.batch_size)
-            stages.append(Stage(f"{kind} labels", f"{content.views:,} views", 0.0, 0, kept))
+            stages.append(Stage(f"{kind} labels", f"{content.views:,} views", 0.0, kept, kept))
     if "replayed" in recipe.labels:
         batch = min(train.batch_size, content.views)
         steps = recipe.pool.epochs * (content.views // batch)
@@ -165,9 +181,7 @@ def _compensator_stages(recipe: Recipe, real: RealData, plan: Plan) -> list[Stag
     pack = min(plan.pack_slots, slots)
     for name in makers if config.compensators else ():
         model = build_network(name, real.classes, real.image_size).eval()
-        labels = torch.arange(real.classes, device=plan.device).expand(pack, -1)
-        loss = _objective(model, labels, config, plan)
-        seconds, memory = _time_steps(loss, labels.numel(), real, plan)
+        seconds, memory = _time_recovery(model, pack, real.classes, config, real, plan)
         work = f"{slots} slots x {config.steps:,} steps of {real.classes}"
         kept = slots * 3 * real.image_size**2 * config.compensator_bits // 8
         stages.append(Stage(f"compensators {name}", work, seconds * config.steps * slots / pack, memory, kept))
@@ -205,7 +219,9 @@ def _pixel_stages(recipe: Recipe, real: RealData, plan: Plan) -> list[Stage]:
     for name in names:
         model = plan.place(build_network(name, real.classes, real.image_size).eval())
         if recipe.method == "gvbsm":
-            loss = _matching(model, packed, labels, recipe.gvbsm, real, plan)
+            seconds, memory = _time_steps(
+                _matching(model, packed, labels, recipe.gvbsm, real, plan), len(labels), real, plan
+            )
             images = _images(gvbsm.GATHER_BATCH, real, plan)
             with torch.no_grad():
                 matcher = gvbsm.Matcher(model, 1, recipe.gvbsm.patch_side)
@@ -213,8 +229,7 @@ def _pixel_stages(recipe: Recipe, real: RealData, plan: Plan) -> list[Stage]:
             batches = -(-len(real.train) // gvbsm.GATHER_BATCH)
             stages.append(Stage(f"statistics {name}", f"{len(real.train):,} images", once * batches, 0, 0))
         else:
-            loss = _objective(model, labels.view(packed, -1), recipe.method_config, plan)
-        seconds, memory = _time_steps(loss, len(labels), real, plan)
+            seconds, memory = _time_recovery(model, packed, size, recipe.method_config, real, plan)
         share = steps / len(names)  # teachers take turns
         work = f"{len(blocks)} batches x {share:,.0f} steps of {size}"
         stages.append(Stage(f"images {name}", work, seconds * share * len(blocks) / packed, memory, 0))
@@ -234,6 +249,22 @@ def _matching(
         return (label_loss + statistics_loss).sum()
 
     return loss
+
+
+def _time_recovery(
+    model: nn.Module, groups: int, images: int, config: Any, real: RealData, plan: Plan
+) -> tuple[float, int]:
+    """Seconds and bytes of a step on `groups` slots of so many images; of a step in chunks, one chunk is timed.
+
+    Memory is that of a chunk's activations and of the slots' images, uint8.
+    """
+    chunk = min(plan.chunk_images or images, images)
+    labels = torch.zeros(groups, chunk, dtype=torch.int64, device=plan.device)
+    loss = _objective(model, labels, config, replace(plan, chunk_images=0))
+    seconds, memory = _time_steps(loss, labels.numel(), real, plan)
+    if chunk < images:  # whose chunks pass twice
+        seconds, _ = _time_steps(_objective(model, labels, config, plan), labels.numel(), real, plan)
+    return seconds * images / chunk, memory + groups * images * 3 * real.image_size**2
 
 
 def _objective(model: nn.Module, labels: Tensor, config: Any, plan: Plan) -> Callable[[Tensor], Tensor]:
@@ -307,7 +338,8 @@ def _time_labels(recipe: Recipe, batch: int, real: RealData, plan: Plan) -> floa
 
 
 def _time_steps(loss: Callable[[Tensor], Tensor], batch: int, real: RealData, plan: Plan) -> tuple[float, int]:
-    """Return seconds per forward and backward pass, and the bytes that the forward pass keeps for the backward one."""
+    """Return seconds per forward and backward pass, and the bytes that these take: at their peak, where that is told,
+    and else what the forward pass keeps for the backward one."""
     images = _images(batch, real, plan).requires_grad_()
     kept: dict[int, int] = {}
 
@@ -323,7 +355,8 @@ def _time_steps(loss: Callable[[Tensor], Tensor], batch: int, real: RealData, pl
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         step()
-    return _median_time(step, plan), sum(kept.values())
+    peak = peak_memory(step, plan.device)
+    return _median_time(step, plan), max(sum(kept.values()), peak or 0)
 
 
 def _median_time(work: Callable[[], object], plan: Plan) -> float:

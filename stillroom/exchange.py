@@ -54,8 +54,8 @@ class ImportConfig:
     """Text file with a line per class of the real data, in label order: the class's folder (or name) in the published
     set. None: folders are matched to classes by name (by that of an export's index.csv, if any), or else all by
     number."""
-    teachers: tuple[str, ...] = PUBLISHED_TEACHERS
-    """Names of the teachers whose views follow INFER's naturals, in order."""
+    teachers: tuple[str, ...] | None = None
+    """Names of the teachers whose views follow INFER's naturals, in order. None: those of the published scripts."""
     soft_labels: str | None = None
     """File of the folder and infer layouts with a row per image: .npy, or a torch file of one tensor. Rows stand in the
     order of sorted class folders and sorted files, columns in the label order of the real data. (Parquet has a column
@@ -66,14 +66,15 @@ class ImportConfig:
     """Parquet column of the labels. None: label, labels or fine_label."""
     soft_label_column: str | None = None
     """Parquet column of the soft labels. None: soft_label, soft_labels, logits, probabilities or probs."""
-    soft_label_kind: SoftLabelKind = "logits"
-    """What the soft labels are; probabilities are stored by their logarithms, which are logits at temperature 1."""
+    soft_label_kind: SoftLabelKind | None = None
+    """What the soft labels are; probabilities are stored by their logarithms, which are logits at temperature 1. None:
+    logits."""
     method: str = "imported"
     """Name of the method that made the set."""
 
     def __post_init__(self) -> None:
         check_choices(self, "import")
-        if not self.teachers or len(set(self.teachers)) != len(self.teachers):
+        if self.teachers is not None and (not self.teachers or len(set(self.teachers)) != len(self.teachers)):
             raise StillroomError(f"import.teachers is {list(self.teachers)}; name one teacher or more, each once")
 
 
@@ -110,6 +111,11 @@ def import_set(source: Path | str, real: RealData | DataConfig, config: ImportCo
         if isinstance(real, DataConfig):
             real = _load_fitting(real, published.train, root, notes)
         found = _match(published, root, real, config, notes)
+        if config.soft_label_kind is not None and found.logits is None:
+            raise StillroomError(
+                f"import: --soft-label-kind {config.soft_label_kind} is given, but {source} has no soft labels; say "
+                "where they are, or leave it out"
+            )
         images, files, facts = _read_images(found, real.image_size)
     except OSError as error:
         raise StillroomError(f"import: {root} cannot be read: {error}") from error
@@ -117,8 +123,9 @@ def import_set(source: Path | str, real: RealData | DataConfig, config: ImportCo
     if layout not in ("auto", "infer"):
         return distilled
     assert isinstance(found.stored, FileImages)
+    teachers = config.teachers or PUBLISHED_TEACHERS
     try:
-        blocks = find_blocks(found.stored, found.labels, real.class_names, config.teachers)
+        blocks = find_blocks(found.stored, found.labels, real.class_names, teachers)
     except StillroomError as error:
         if layout == "infer":
             raise
@@ -126,7 +133,7 @@ def import_set(source: Path | str, real: RealData | DataConfig, config: ImportCo
         if not all(NUMBERED_FILE.fullmatch(name) for name in names):
             return distilled
         return _with_note(distilled, f"named as INFER's files are, but read as plain images, since {error}")
-    recovered = recover_compensators(distilled, blocks, config.teachers)
+    recovered = recover_compensators(distilled, blocks, teachers)
     explained = recovered.manifest.extra["import"]["explained"]
     if layout == "infer" or explained > EXPLAINED:
         return recovered
@@ -191,7 +198,7 @@ def _match(published: Source, root: Path, real: RealData, config: ImportConfig, 
     notes = [*notes, *how]
     if isinstance(stored, FileImages):
         _refuse_other_numbers(stored, labels)
-    given, column, kind = config.soft_labels, config.soft_label_column, config.soft_label_kind
+    given, column, kind = config.soft_labels, config.soft_label_column, config.soft_label_kind or "logits"
     logits = read_logits(stored, root, labels, ours, given, column, kind, notes)
     return Found(stored, labels, slots, logits, notes + _remarks(labels, logits, real))
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,20 @@ from stillroom.errors import StillroomError
 
 SEAL_KEY = "sha256"
 META_KEY = "meta"  # safetensors keeps no order among metadata keys, so one key holds everything as sorted JSON
+MAPPED_FROM = 2**26  # bytes of a file of tensors that is read by memory map, not into memory
+
+# safetensors' names of types, in the order in which it writes tensors: the widest first.
+TENSOR_TYPES = {
+    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64", torch.float32: "F32",
+    torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16",
+    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+# The bytes of a file, piece by piece, as often as they are asked for: what is large is never put together in memory.
+Pieces = Iterable[bytes | memoryview]
 
 
-def write_atomic(path: Path | str, content: bytes) -> None:
+def write_atomic(path: Path | str, content: bytes | Pieces) -> None:
     """Replace the file `path` by `content`: readers, and a machine that loses power, see the old bytes or the new ones.
 
     Folders on the way are made. Raises StillroomError, with nothing left behind, on a full disk or where writing is
@@ -34,13 +45,14 @@ def write_atomic(path: Path | str, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
-            file.write(content)
+            for piece in _pieces(content):
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         remove_if_there(temporary)
-        raise StillroomError(f"cannot write {path}: {_reason(error, path, len(content))}") from error
+        raise StillroomError(f"cannot write {path}: {_reason(error, path, content)}") from error
     except BaseException:
         remove_if_there(temporary)
         raise
@@ -118,26 +130,47 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], meta: Mapping[
 
     Equal content gives equal bytes. Raises StillroomError where `meta` is not JSON or the file cannot be written.
     """
-    write_atomic(path, tensor_bytes(tensors, meta, path))
+    write_atomic(path, tensor_pieces(tensors, meta, path))
 
 
-def tensor_bytes(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path | str) -> bytes:
-    """The bytes that save_tensors puts into `path`, which serves the error message only."""
+def tensor_pieces(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path | str) -> list[bytes | memoryview]:
+    """The bytes that save_tensors puts into `path`, which serves the error message only: tensors where they lie.
+
+    What `safetensors.torch.save` writes, which holds it all twice and refuses tensors that share memory.
+    """
     try:
         text = json.dumps(dict(meta), sort_keys=True, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise StillroomError(f"cannot write {path}: its meta is not JSON: {error}.") from error
-    # safetensors refuses tensors that share memory or are stored out of order (channels_last), hence the copies.
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    return safetensors.torch.save(copies, metadata={META_KEY: text})
+    header: dict[str, Any] = {"__metadata__": {META_KEY: text}}
+    places, end = list(TENSOR_TYPES), 0
+    ordered = sorted(tensors.items(), key=lambda item: (places.index(item[1].dtype), item[0]))
+    for name, tensor in ordered:
+        facts = {"dtype": TENSOR_TYPES[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = facts | {"data_offsets": [end, end := end + tensor.nbytes]}
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return [len(encoded).to_bytes(8, "little"), encoded, *(_memory_of(tensor) for _, tensor in ordered)]
 
 
 def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors (on the CPU) and meta of a safetensors file; meta is empty where another program wrote the file.
 
-    Raises StillroomError that names `path` where it is missing or damaged. Nothing is unpickled.
+    Those of a large file stay on disk until they are used. Raises StillroomError that names `path` where it is missing
+    or damaged. Nothing is unpickled.
     """
-    return parse_tensors(read_bytes(path), path)
+    try:
+        mapped = Path(path).stat().st_size >= MAPPED_FROM
+    except (OSError, ValueError):  # which reading says better
+        mapped = False
+    if not mapped:
+        return parse_tensors(read_bytes(path), path)
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {}).get(META_KEY, "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, _dictionary(meta)  # noqa: SIM118 - no mapping
+    except Exception as error:  # see parse_tensors
+        raise _not_whole(path, error) from error
 
 
 def parse_tensors(content: bytes, path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -146,15 +179,22 @@ def parse_tensors(content: bytes, path: Path | str) -> tuple[dict[str, Tensor], 
         tensors = safetensors.torch.load(content)
         header_size = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + header_size])
-        meta = json.loads(header.get("__metadata__", {}).get(META_KEY, "{}"))
-        if not isinstance(meta, dict):
-            raise ValueError("its meta is not a dictionary")
+        return tensors, _dictionary(json.loads(header.get("__metadata__", {}).get(META_KEY, "{}")))
     except Exception as error:  # the parser raises its own class and several of Python's, all meaning the same
-        raise StillroomError(
-            f"{path} is not a whole safetensors file ({error}). It was cut short or edited: restore it, or delete it "
-            "and run again."
-        ) from error
-    return tensors, meta
+        raise _not_whole(path, error) from error
+
+
+def _dictionary(meta: Any) -> dict[str, Any]:
+    if not isinstance(meta, dict):
+        raise ValueError("its meta is not a dictionary")
+    return meta
+
+
+def _not_whole(path: Path | str, error: Exception) -> StillroomError:
+    return StillroomError(
+        f"{path} is not a whole safetensors file ({error}). It was cut short or edited: restore it, or delete it and "
+        "run again."
+    )
 
 
 def seal(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path | str) -> dict[str, Any]:
@@ -189,13 +229,30 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)};".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(_memory_of(value))
     return digest.hexdigest()
 
 
-def sha256_bytes(content: bytes) -> str:
+def _memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in the order of its elements, where they lie if they lie so."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _pieces(content: bytes | Pieces) -> Pieces:
+    return [content] if isinstance(content, bytes) else content
+
+
+def sha256_bytes(content: bytes | Pieces) -> str:
     """SHA-256 of `content`, 64 hexadecimal digits."""
-    return hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256()
+    for piece in _pieces(content):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def count_pieces(content: bytes | Pieces) -> int:
+    """Bytes of `content`."""
+    return sum(memoryview(piece).nbytes for piece in _pieces(content))
 
 
 def sha256_file(path: Path | str) -> str:
@@ -207,8 +264,9 @@ def sha256_file(path: Path | str) -> str:
         raise StillroomError(f"cannot read {path}: {error.strerror}. Check the path and its permissions.") from error
 
 
-def _reason(error: OSError, path: Path, size: int) -> str:
+def _reason(error: OSError, path: Path, content: bytes | Pieces) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        size = count_pieces(content)
         return f"the disk is full or a quota is used up; free {size:,} bytes or choose another directory."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{path.parent} is not writable; choose another directory or change its permissions."

@@ -86,6 +86,12 @@ class Entry:
     recipe: Recipe  # of this set and its labels
     folder: Path | None = None  # of a set that is there already
 
+    @property
+    def needs_teachers(self) -> bool:
+        """Whether teachers make this set or label it."""
+        made = self.folder is None and METHODS[self.recipe.method].needs_teachers
+        return made or not set(self.recipe.labels) <= {"hard", "learned"}
+
 
 def comparison_of(recipe: Recipe, grid: Grid) -> Comparison:
     """Return `recipe` with a grid."""
@@ -150,9 +156,13 @@ def plan_entries(comparison: Comparison, real: RealData) -> tuple[list[Entry], l
     for text in comparison.methods:
         if text.startswith(FOLDER):
             try:
+                if grid.budget == "bytes":
+                    raise StillroomError("its budget is what it is; compare it by --grid.budget ipc")
                 entries.append(plan_folder(text, base, real))
             except StillroomError as error:
                 refused.append(f"{text}: {error}")
+    if "learned" in base.labels and not any("learned" in entry.recipe.labels for entry in entries):
+        refused.append("learned labels: no method or set of the grid has them")
     for network in grid.students:
         try:
             build_network(network, real.classes, real.image_size)
@@ -201,9 +211,9 @@ def plan_folder(text: str, base: Recipe, real: RealData) -> Entry:
     """
     folder = find_set(Path(text.removeprefix(FOLDER)))
     distilled = load_distilled(folder)
-    check_matches(distilled, real)
+    check_matches(distilled, real, held_out=base.data.holdout_per_class > 0)
     ipc = distilled.manifest.ipc
-    # Its method may be nobody's here; the recipe says who labels it and what its controls are.
+    # Its method may be nobody's here; the recipe says who labels it, and that random images stand beside it.
     labels = kinds_of(base.labels, distilled.manifest.label_kind == "learned")
     recipe = replace(base, method=base.method if base.method != "random" else "infer", ipc=ipc, labels=labels)
     others = tuple(kind for kind in labels if kind != "learned") or ("hard",)

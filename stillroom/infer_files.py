@@ -67,7 +67,7 @@ def write_infer(distilled: DistilledSet, folder: Path) -> list[str]:
             else:
                 pixels = (view.clamp(0, 1) * 255).floor().to(torch.uint8)
                 Image.fromarray(to_pixels(pixels)).save(path, "JPEG", quality=JPEG_QUALITY)
-    names = [teacher.name for teacher in manifest.teachers]
+    names = [] if distilled.compensators is None else [teacher.name for teacher in manifest.teachers]
     back = f"; to read it back: stillroom import DIR --teachers {' '.join(names)} --data.source ..." if names else ""
     cut = ["pixels are cut to [0, 1] and rounded down to 8 bits"] if manifest.image_encoding == "float16" else []
     return [*cut, f"{slots} slots, blocks: {', '.join(['naturals', *names])}; soft labels: none{back}"]

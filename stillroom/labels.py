@@ -6,9 +6,11 @@ never made.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +21,13 @@ from stillroom.errors import StillroomError, check_choices
 from stillroom.logits import StoredLogits, count_logit_bytes, encode_logits, stack_logits
 from stillroom.manifest import LabelEncoding, PoolFacts
 from stillroom.replay import STUDENT_DRAWS, batch_settings, build_batches, fingerprint_draws
-from stillroom.run import Run
+from stillroom.run import Run, Task
 from stillroom.teachers import Teacher
-from stillroom.train import Epochs, TrainConfig, apply_normalization
+from stillroom.train import Epochs, TrainConfig, apply_normalization, fit_batch
 
-LABEL_BATCH = 256
+LABEL_BATCH = 256  # views of up to 64 px that pass at once
 LABEL_BYTES = 2  # float16 per class
+BLOCK_BYTES = 2**25  # of static labels that are a unit of work
 
 
 @dataclass(frozen=True)
@@ -104,30 +107,55 @@ def compute_static_labels(
     """Return the teachers' mean logits on every unaugmented view, float16 [views, classes] (Equation 6).
 
     The views are what a student will read back: stored, dequantised, clipped. Raises StillroomError where a logit is
-    not finite. A unit of work is one set: its labels are kept in the run and read back.
+    not finite, TimeLimitReached where the run is to stop. A unit of work is a block of views, of a small set all: its
+    labels are kept in the run and read back.
     """
     made_by = {"teachers": [teacher.hash for teacher in teachers], "set": distilled.fingerprint}
-    if run.unit_done(unit):
-        made, tensors = run.load_unit(unit)
-        if made == made_by:
-            return tensors["labels"]
+    classes, batch = len(distilled.manifest.class_names), fit_batch(LABEL_BATCH, distilled.manifest.image_size[0])
+    blocks = torch.arange(distilled.view_count).split(max(1, BLOCK_BYTES // (classes * LABEL_BYTES * batch)) * batch)
+
+    def make(block: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        with run.progress("static labels", len(block)) as advance:
+            return made_by, {"labels": label_views(distilled, block.split(batch), teachers, plan, advance)}
+
+    names = [unit if len(blocks) == 1 else f"{unit}-{block[0]}-{block[-1] + 1}" for block in blocks]
+    tasks = [
+        Task(name, functools.partial(make, block), lambda made: bool(made == made_by))
+        for name, block in zip(names, blocks, strict=True)
+    ]
+    made = run.carry_out(tasks)
+    labels = torch.empty(distilled.view_count, classes, dtype=torch.float16)
+    for block in reversed(blocks):  # each let go as it is copied: not all are held twice
+        labels[block] = made.pop()[1]["labels"]
+    return labels
+
+
+def label_views(
+    distilled: DistilledSet,
+    batches: Sequence[Tensor],
+    teachers: list[Teacher],
+    plan: Plan,
+    advance: Callable[..., None],
+) -> Tensor:
+    """Return the teachers' mean logits on views, float16 [views, classes] on the CPU; `batches` are their rows.
+
+    Raises StillroomError where a logit is not finite.
+    """
     # Stored once and for all, so in float32 whatever the plan: a label must not depend on who has fast bfloat16.
     logits_of = ensemble_logits(teachers, replace(plan, precision="float32"))
-    normalization = distilled.manifest.normalization
-    blocks = []
-    with run.progress("static labels", distilled.view_count) as advance:
-        for rows in torch.arange(distilled.view_count).split(LABEL_BATCH):
-            views = distilled.form_views(rows).to(plan.device)
-            logits = logits_of(apply_normalization(views, normalization.mean, normalization.std))
-            blocks.append(logits.half().cpu())
-            advance(len(rows))
-    labels = torch.cat(blocks)
+    normalization, parts = distilled.manifest.normalization, []
+    for rows in batches:
+        views = distilled.form_views(rows).to(plan.device)
+        logits = logits_of(apply_normalization(views, normalization.mean, normalization.std))
+        parts.append(logits.half().cpu())
+        advance(len(rows))
+    labels = torch.cat(parts)
     bad = (~labels.isfinite()).any(1).nonzero().flatten()
     if len(bad):
+        first = int(torch.cat(list(batches))[bad[0]])
         raise StillroomError(
-            f"static labels of {len(bad)} views are not finite, first view {bad[0]}; check the teachers"
+            f"static labels of {len(bad)} views are not finite, first view {first}; check the teachers"
         )
-    run.finish_unit(unit, made_by, {"labels": labels})
     return labels
 
 
@@ -161,24 +189,26 @@ def compute_label_pool(
     form_batch = build_batches(distilled, train, plan.device)
     # Stored once and for all, so in float32, as static labels are.
     logits_of = ensemble_logits(teachers, replace(plan, precision="float32"))
-    classes, blocks = len(distilled.manifest.class_names), []
-    with run.progress("replayed labels", pool.epochs * epochs.steps) as advance:
-        for epoch in range(pool.epochs):
-            name = f"{unit}-pool-{pool.encoding}-{pool.seed}-{epoch}"
-            if run.unit_done(name):
-                made, tensors = run.load_unit(name)
-                if made == made_by:
-                    blocks.append(StoredLogits(pool.encoding, classes, tensors))
-                    advance(epochs.steps)
-                    continue
-            batches = []
+    classes = len(distilled.manifest.class_names)
+
+    def make(epoch: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        batches = []
+        with run.progress(f"replayed labels, epoch {epoch + 1} of {pool.epochs}", epochs.steps) as advance:
             for within, rows in enumerate(epochs.rows(epoch)):
                 images, _ = form_batch(rows, epochs.generator(epoch * epochs.steps + within))
                 batches.append(encode_batch(logits_of(images), pool.encoding, epoch, within))
                 advance()
-            blocks.append(stack_logits(batches))
-            run.finish_unit(name, made_by, blocks[-1].tensors)
-            run.check_time()
+        return made_by, stack_logits(batches).tensors
+
+    tasks = [
+        Task(
+            f"{unit}-pool-{pool.encoding}-{pool.seed}-{epoch}",
+            functools.partial(make, epoch),
+            lambda made: bool(made == made_by),
+        )
+        for epoch in range(pool.epochs)
+    ]
+    blocks = [StoredLogits(pool.encoding, classes, tensors) for _, tensors in run.carry_out(tasks)]
     return stack_logits(blocks), facts
 
 

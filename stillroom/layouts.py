@@ -30,6 +30,7 @@ ONLY_OF = {
     "label_column": (("hub",), "parquet"),
     "soft_label_column": (("hub",), "parquet"),
     "soft_labels": (("auto", "folder", "infer"), "class folders"),
+    "teachers": (("auto", "infer"), "INFER's files"),
 }
 SHOWN = {"auto": "folder", "infer": "folder"}  # whose images are those of a folder, until compensators are found
 
@@ -58,8 +59,10 @@ def refuse_settings_of_others(layout: Layout, source: str, given: Mapping[str, o
     """Raise StillroomError for a setting, by its name in `given`, that `layout` does not have; None is not set."""
     for name, (layouts, kind) in ONLY_OF.items():
         if given[name] is not None and layout not in layouts:
+            value = given[name]
+            shown = " ".join(value) if isinstance(value, tuple) else value
             raise StillroomError(
-                f"import: --{name.replace('_', '-')} {given[name]} is for {kind}, but {source} is read as "
+                f"import: --{name.replace('_', '-')} {shown} is for {kind}, but {source} is read as "
                 f"{SHOWN.get(layout, layout)}; leave it out"
             )
 

@@ -8,6 +8,7 @@ Every stage is made of units that the run keeps; the same command after an inter
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from stillroom.methods.select import Content
 from stillroom.networks import build_network
 from stillroom.protocols import name_protocol
 from stillroom.recipes import EXPECTED, RECIPES, Recipe
-from stillroom.run import Run
+from stillroom.run import Run, Task
 from stillroom.students import Evaluation, evaluate, steps_for
 from stillroom.teachers import Teacher, check_config, load_teachers
 from stillroom.train import TrainConfig
@@ -116,6 +117,12 @@ def check_recipe(recipe: Recipe, real: RealData, control_ipc: int | None = None)
         raise StillroomError(
             f"labels has 'learned', but {recipe.method!r} learns none; give hard, static, replayed or dynamic"
         )
+    content = METHODS[recipe.method].content(real, len(models), recipe.ipc, recipe.method_config)
+    if content.image_bits != 8 and recipe.image_encoding != "auto":
+        raise StillroomError(
+            f"image_encoding is {recipe.image_encoding!r}, but {recipe.method!r} makes pixels of {content.image_bits} "
+            "bits, which it would cut and round; leave it at 'auto'"
+        )
     needed = max(own, budget) if recipe.controls else own  # the random control's
     counts = real.train.labels.bincount(minlength=real.classes)
     if int(counts.min()) < needed:
@@ -162,12 +169,17 @@ def distill_recipe(recipe: Recipe, run: Run, real: RealData, teachers: list[Teac
         unit, train = f"labels-{recipe.method}", recipe.student.train
         labelled_by = labellers(recipe, teachers)
         distilled = attach_labels(distilled, kind, labelled_by, plan, run, unit, recipe.pool, train)
-    if folder is not None:
-        manifest = distilled.save(folder)
-        files = {role: facts.sha256 for role, facts in manifest.files.items()}
-        run.finish_unit("distilled", {"files": files, "teachers": hashes})
-        distilled = load_distilled(folder)  # students train on what is stored
-    return distilled
+    if folder is None:
+        return distilled
+
+    there = folder
+
+    def save() -> tuple[dict[str, Any], None]:
+        files = {role: facts.sha256 for role, facts in distilled.save(there).files.items()}
+        return {"files": files, "teachers": hashes}, None
+
+    run.carry_out([Task("distilled", save, lambda made: there.exists())])
+    return load_distilled(there)  # students train on what is stored
 
 
 def check_made(recipe: Recipe, real: RealData, teachers: list[Teacher], made: DistilledSet) -> None:
@@ -208,15 +220,30 @@ def labellers(recipe: Recipe, teachers: list[Teacher]) -> list[Teacher]:
     return [teacher for name in recipe.labelled_by for teacher in teachers if teacher.name == name]
 
 
+def squeeze_recipe(recipe: Recipe, run: Run) -> dict[str, Any]:
+    """Train or load the recipe's teachers in `run`, nothing else, and return what there is to tell of them."""
+    real, plan = open_stages(replace(recipe, controls=False), run)
+    teachers = load_teachers(real, recipe.teachers, plan, run)
+    return {"dataset": real.name, "classes": real.classes, "teachers": [teacher.facts() for teacher in teachers]}
+
+
+def make_recipe_set(recipe: Recipe, run: Run) -> None:
+    """Make the recipe's distilled set in `run`, and no students."""
+    real, plan = open_stages(replace(recipe, controls=False), run)
+    teachers = load_teachers(real, recipe.teachers, plan, run) if recipe.needs_teachers else []
+    distill_recipe(recipe, run, real, teachers, plan)
+
+
 def run_recipe(recipe: Recipe, run: Run, name: str = "custom") -> dict[str, Any]:
     """Carry out `recipe` in `run` and return its results, which are also written to results.json."""
     real, plan = open_stages(recipe, run)
     made_by = provenance(plan)  # now: the source may change while the run goes on
     teachers = load_teachers(real, recipe.teachers, plan, run) if recipe.needs_teachers else []
     distilled = distill_recipe(recipe, run, real, teachers, plan)
-    rows = []
-    for cell in build_cells(recipe, distilled, real, teachers, plan, run):
-        evaluation = evaluate(
+    cells = build_cells(recipe, distilled, real, teachers, plan, run)
+
+    def train(cell: Cell) -> Evaluation:
+        return evaluate(
             cell.distilled,
             real,
             recipe.student,
@@ -227,8 +254,11 @@ def run_recipe(recipe: Recipe, run: Run, name: str = "custom") -> dict[str, Any]
             total_steps=cell.total_steps,
             cell=cell.name,
         )
-        rows.append(_row(cell, evaluation))
-        run.event("cell", **rows[-1])
+
+    rows: dict[int, dict[str, Any]] = {}
+    for number, evaluation in run.in_any_order([functools.partial(train, cell) for cell in cells]):
+        rows[number] = _row(cells[number], evaluation)
+        run.event("cell", **rows[number])
     results = {
         "recipe": name,
         "dataset": {"name": real.name, "classes": real.classes, "train": len(real.train), "test": len(real.test)},
@@ -240,7 +270,7 @@ def run_recipe(recipe: Recipe, run: Run, name: str = "custom") -> dict[str, Any]
             recipe.student, real.image_size, recipe.labels, recipe.labelled_by or recipe.teachers.networks
         ),
         "bytes": describe_budget(count_bytes(distilled)) if distilled.manifest.files else {},
-        "cells": rows,
+        "cells": [rows[number] for number in range(len(cells))],
         "paper": EXPECTED.get(name, {}) if is_preset(name, recipe, real) else {},
         "provenance": made_by,
         "settings": asdict(recipe),

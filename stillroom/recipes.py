@@ -312,6 +312,29 @@ RECIPES: dict[str, Recipe] = {                                            # it s
 }
 # fmt: on
 
+
+def _know_each_other(recipes: dict[str, Recipe]) -> dict[str, Recipe]:
+    """Return presets of which each has all methods' settings for its dataset, so that a grid on it compares these.
+
+    A preset `METHOD-DATASET-ipc10` says them; budgets differ in students alone.
+    """
+    of_methods = {name: name.removesuffix("-ipc10").split("-", 1) for name in recipes if name.endswith("-ipc10")}
+    known = {(data, method): recipes[name] for name, (method, data) in of_methods.items() if method in METHODS}
+    return {
+        name: replace(
+            recipe,
+            **{
+                method: getattr(preset, method)
+                for (data, method), preset in known.items()
+                if data == recipe.data.source and name.startswith(tuple(f"{m}-{data}" for m in METHODS))
+            },
+        )
+        for name, recipe in recipes.items()
+    }
+
+
+RECIPES = _know_each_other(RECIPES)
+
 # Top-1 in percent of ResNet-18 students: recipe -> kind of label -> accuracy. INFER's of its paper's Tables 1 and 2,
 # RDED's of its comparison; the others' as their own papers give them, where there is no doubt.
 EXPECTED: dict[str, dict[str, float]] = {

@@ -6,10 +6,12 @@
         units/NAME.json      a finished unit: small results
         units/NAME.safetensors   or tensors
         checkpoints/NAME.safetensors   unfinished work, removed when its unit is finished
+        workers/             what processes that share the run leave for each other; see workers.py
         distilled/           the artifact
         results.json         the table
 
-Running the same command again continues the run: a finished unit is never done again.
+Running the same command again continues the run: a finished unit is never done again. Stages hand their units to
+`Run.carry_out`, and need not know whether this process does them all, or one of several.
 """
 
 from __future__ import annotations
@@ -20,18 +22,43 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
 from stillroom.errors import StillroomError, TimeLimitReached
 from stillroom.files import break_seal, load_tensors, read_json, save_tensors, seal, write_json
+from stillroom.workers import LOOK_SECONDS, Worker
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 CHECKPOINT_SECONDS = 60.0
+
+Result = TypeVar("Result")
+Made = tuple[dict[str, Any], dict[str, Tensor]]  # a unit's small results, and its tensors
+
+
+@dataclass(frozen=True)
+class Task:
+    """A unit of work, by its name in the run.
+
+    make() returns its result, and its tensors, None where it has none. fits(result) says whether the finished unit of
+    that name is this one: where it is not, it is made anew, or fits raises StillroomError.
+    """
+
+    name: str
+    make: Callable[[], tuple[dict[str, Any], dict[str, Tensor] | None]]
+    fits: Callable[[dict[str, Any]], bool] = lambda result: True
+
+
+class InOtherHands(Exception):  # noqa: N818 - nothing is wrong
+    """What is left of a piece of work are units that other workers are at; this one may do something else meanwhile."""
 
 
 class Run:
@@ -39,7 +66,9 @@ class Run:
 
     `directory` None keeps nothing: work is done in this process and returned (the Python API's default).
     `time_limit` is in seconds from now. Work is saved and TimeLimitReached raised a little earlier (5 %, at most 15 s),
-    since a step must end and a checkpoint be written in the time that is left. A run within a `parent` stops with it.
+    since a step must end and a checkpoint be written in the time that is left. A run within a `parent` stops with it,
+    and is shared where that is. `worker`: a name, by which this process is one of several that share the directory;
+    `stop_file` is what stops them all. None: it is this process's alone.
     """
 
     def __init__(
@@ -49,23 +78,31 @@ class Run:
         time_limit: float | None = None,
         show: bool = True,
         parent: Run | None = None,
+        worker: str | None = None,
+        stop_file: Path | None = None,
     ) -> None:
         self.directory = directory
         self.parent = parent
+        self.worker: Worker | None = None
+        self._others_first = False
         self.stop_at = None if time_limit is None else time.monotonic() + time_limit - min(15.0, 0.05 * time_limit)
         self.show = show and sys.stderr.isatty()
         self._stop_signal: str | None = None
         self._lock: Any = None
+        if worker is None and parent is not None and parent.worker is not None:
+            worker = parent.worker.name
         if directory is not None:
-            self._open(directory)
+            self._open(directory, worker, stop_file)
 
-    def _open(self, directory: Path) -> None:
-        self._created = not directory.exists()
+    def _open(self, directory: Path, worker: str | None, stop_file: Path | None) -> None:
+        self._created = not directory.exists() and worker is None
         try:
             for part in ("units", "checkpoints"):
                 (directory / part).mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(directory)
-            _end_last_line(directory / "events.jsonl")
+            self._lock = _lock(directory, shared=worker is not None)
+            self.worker = None if worker is None else Worker(directory, worker, stop_file)
+            self._events = directory / "events.jsonl" if self.worker is None else self.worker.events
+            _end_last_line(self._events)
         except OSError as error:
             raise StillroomError(
                 f"run directory {str(directory)!r} cannot be written ({error.strerror}); give another with --out"
@@ -75,6 +112,8 @@ class Run:
         """Release the directory for another process; one in which nothing was begun goes."""
         if self._lock is None or self.directory is None:
             return
+        if self.worker is not None:
+            self.worker.close()
         if self._created and {entry.name for entry in self.directory.iterdir()} <= {".lock", "units", "checkpoints"}:
             with contextlib.suppress(OSError):
                 for part in ("units", "checkpoints"):
@@ -101,13 +140,19 @@ class Run:
 
         Returns the plan to work with: the stored one where there is one, so that a resumed run computes the same
         bits. A run in which no unit is begun takes another configuration. Raises StillroomError with the differing
-        fields where the directory holds work of another one.
+        fields where the directory holds work of another one, and where workers that share it are not of one kind.
         """
         if self.directory is None:
             return plan
-        path = self.directory / "config.json"
+        with self._alone("config.json"):
+            return self._bind_config(self.directory, settings, plan, may_be_new)
+
+    def _bind_config(
+        self, directory: Path, settings: dict[str, Any], plan: dict[str, Any], may_be_new: Collection[str]
+    ) -> dict[str, Any]:
+        path = directory / "config.json"
         settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be read back
-        begun = any(entry for part in ("units", "checkpoints") for entry in (self.directory / part).iterdir())
+        begun = any(entry for part in ("units", "checkpoints") for entry in (directory / part).iterdir())
         if not path.exists() or (not begun and read_json(path)["settings"] != settings):
             write_json(path, {"settings": settings, "plan": plan})
             self.event("opened")
@@ -120,17 +165,17 @@ class Run:
         if differences:
             lines = "\n".join(f"  {name}: {old!r} there, {new!r} now" for name, old, new in differences)
             raise StillroomError(
-                f"run directory {str(self.directory)!r} holds another configuration:\n{lines}\n"
+                f"run directory {str(directory)!r} holds another configuration:\n{lines}\n"
                 "give another directory with --out, or the same settings"
             )
         if stored["plan"]["seed_scheme"] != plan["seed_scheme"]:
             raise StillroomError(
-                f"run directory {str(self.directory)!r} was begun under seed scheme {stored['plan']['seed_scheme']}, "
+                f"run directory {str(directory)!r} was begun under seed scheme {stored['plan']['seed_scheme']}, "
                 f"this version draws by scheme {plan['seed_scheme']}; give another directory with --out"
             )
         if stored["plan"]["device"].split(":")[0] != plan["device"].split(":")[0]:
             raise StillroomError(
-                f"run directory {str(self.directory)!r} was begun on {stored['plan']['device']}, this run is on "
+                f"run directory {str(directory)!r} was begun on {stored['plan']['device']}, this run is on "
                 f"{plan['device']}; give --compute.device {stored['plan']['device']}, or another directory with --out"
             )
         self.event("opened")
@@ -139,6 +184,11 @@ class Run:
             here.append("compile")
         for key in here:
             if stored["plan"][key] != plan[key]:
+                if self.worker is not None:  # who made a unit would be told by its bits
+                    raise StillroomError(
+                        f"this worker has {key} {plan[key]!r}, but the run was begun with {stored['plan'][key]!r}; let "
+                        "workers of that kind share it, or go on by --engine local"
+                    )
                 self.event("plan_differs", field=key, stored=stored["plan"][key], now=plan[key])
         return stored["plan"] | {key: plan[key] for key in here}
 
@@ -146,7 +196,90 @@ class Run:
 
     def unit_done(self, name: str) -> bool:
         """Whether the unit is finished (as JSON or as tensors)."""
-        return self.directory is not None and any(self._unit(name, s).exists() for s in (".json", ".safetensors"))
+        if self.directory is None:
+            return False
+        if self.worker is not None:  # a network file system remembers a missing file until its folder is opened anew
+            os.close(os.open(self.directory / "units", os.O_RDONLY))
+        return any(self._unit(name, s).exists() for s in (".json", ".safetensors"))
+
+    def carry_out(self, tasks: Sequence[Task]) -> list[Made]:
+        """Return result and tensors of every task: of its finished unit, or made now, in their order.
+
+        One of several workers makes those that nobody else is at, and waits for the others; where one of these dies,
+        its unit is gone on with. Raises what making raises, TimeLimitReached where the run is to stop.
+        """
+        found: dict[str, Made] = {}
+        while True:
+            for task in tasks:
+                if task.name not in found and (made := self._made(task)) is not None:
+                    found[task.name] = made
+            if len(found) == len(tasks):
+                return [found[task.name] for task in tasks]
+            self._wait_for_others()
+
+    def in_any_order(self, jobs: Sequence[Callable[[], Result]]) -> Iterator[tuple[int, Result]]:
+        """Yield the number and the result of every job, a function that carries out tasks.
+
+        They are done in order. But where what is left of one is in other workers' hands, the next is begun meanwhile,
+        and what it did until then is done once more, its units read back.
+        """
+        left = dict(enumerate(jobs))
+        while left:
+            before = len(left)
+            for number, job in list(left.items()):
+                outer, self._others_first = self._others_first, self.worker is not None
+                try:
+                    result = job()
+                except InOtherHands:
+                    continue
+                finally:
+                    self._others_first = outer
+                del left[number]
+                yield number, result
+            if len(left) == before:
+                self._wait_for_others()
+
+    def _made(self, task: Task) -> Made | None:
+        """Return the unit, finished or made now; None where another worker is at it."""
+        if (made := self._finished(task)) is not None:
+            return made
+        if self.worker is None:
+            made = self._make(task)
+        elif self.worker.claim(task.name):
+            try:
+                made = self._finished(task) or self._make(task)  # by another one, before it was this one's
+            finally:
+                self.worker.release(task.name)
+        else:
+            return None
+        self.check_time()
+        return made
+
+    def _finished(self, task: Task) -> Made | None:
+        made = self.load_unit(task.name) if self.unit_done(task.name) else None
+        return made if made is not None and task.fits(made[0]) else None
+
+    def _make(self, task: Task) -> Made:
+        result, tensors = task.make()
+        self.finish_unit(task.name, result, tensors)
+        return result, tensors or {}
+
+    def _wait_for_others(self) -> None:
+        """Wait a moment, or raise InOtherHands where there may be something else to do."""
+        if self._others_first or (self.parent is not None and self.parent._others_first):
+            raise InOtherHands
+        self.check_time()
+        if (reporter := self._reporter) is not None:
+            reporter.report("waiting for other workers", 0, 0)
+        time.sleep(LOOK_SECONDS)
+
+    def _alone(self, what: str) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.worker is None else self.worker.alone(what)
+
+    @property
+    def _reporter(self) -> Worker | None:
+        """What this process reports by: as a worker at the outermost run, which is the one that is looked at."""
+        return self.worker if self.parent is None else self.parent._reporter
 
     def finish_unit(self, name: str, result: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
         """Write the unit's result atomically and drop its checkpoint."""
@@ -192,27 +325,18 @@ class Run:
         if self.directory is None:
             return
         line = json.dumps({"time": round(time.time(), 3), "event": kind, **fields}, allow_nan=True)
-        with open(self.directory / "events.jsonl", "a") as events:
+        with open(self._events, "a") as events:
             events.write(line + "\n")
 
     def seconds_spent(self) -> float:
         """Return the time that processes have spent on this run, from each one's opening to its last event.
 
-        What a killed process did after its last event is not counted.
+        What a killed process did after its last event is not counted; where several share the run, their waiting is.
         """
-        if self.directory is None or not (self.directory / "events.jsonl").exists():
+        if self.directory is None:
             return 0.0
-        spent = begun = last = 0.0
-        for line in (self.directory / "events.jsonl").read_text().splitlines():
-            try:
-                event = json.loads(line)
-            except json.JSONDecodeError:  # left half written by a killed process
-                continue
-            if event["event"] == "opened":
-                spent += last - begun
-                begun = event["time"]
-            last = event["time"]
-        return round(spent + last - begun, 1)
+        files = [self.directory / "events.jsonl", *(self.directory / "workers").glob("*.jsonl")]
+        return round(sum(_seconds_within(file) for file in files if file.exists()), 1)
 
     def notice(self, message: str) -> None:
         """Tell the user one thing, on standard error, and keep it in the events."""
@@ -223,13 +347,21 @@ class Run:
     def stopping(self) -> bool:
         """Whether work should be saved and left now: the time limit is near, or a termination signal came."""
         late = self.stop_at is not None and time.monotonic() >= self.stop_at
-        return late or self._stop_signal is not None or (self.parent is not None and self.parent.stopping)
+        asked = self.worker is not None and bool(self.worker.asked_to_stop())
+        return late or asked or self._stop_signal is not None or (self.parent is not None and self.parent.stopping)
 
     def stop(self) -> TimeLimitReached:
         """Return the exception that leaves the run cleanly."""
-        reason = self._stop_signal or (self.parent and self.parent._stop_signal) or "time limit"
+        reason = self.stop_reason
         self.event("stopped", reason=reason)
         return TimeLimitReached(reason)
+
+    @property
+    def stop_reason(self) -> str:
+        """Why the run is to stop, where it is: the signal's name, or "time limit"."""
+        if self.parent is not None:
+            return self.parent.stop_reason
+        return self._stop_signal or (self.worker and self.worker.asked_to_stop()) or "time limit"
 
     def check_time(self) -> None:
         """Raise TimeLimitReached between units where `stopping` holds."""
@@ -254,36 +386,48 @@ class Run:
 
     @contextmanager
     def progress(self, label: str, total: int, start: int = 0) -> Iterator[Callable[..., None]]:
-        """Show a bar with rate and time left on a terminal; yield ``advance(steps=1, **shown)``; silent elsewhere."""
-        if not self.show:
+        """Show a bar with rate and time left on a terminal; yield ``advance(steps=1, **shown)``; silent elsewhere.
+
+        One of several workers leaves word of it for whoever shows them all.
+        """
+        reporter = self._reporter
+        if not self.show and reporter is None:
             yield lambda steps=1, **shown: None
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("{task.description:<34}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[shown]}"),
-        )
-        begun = time.monotonic()
-        from rich.console import Console
-
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-            task = bars.add_task(label, total=total, completed=start, rate="", shown="")
-            done = start
+        begun, done = time.monotonic(), start
+        with open_bars() if self.show else contextlib.nullcontext() as bars:
+            task = None if bars is None else bars.add_task(label, total=total, completed=start, rate="", shown="")
+            if reporter is not None:
+                reporter.report(label, start, total)
 
             def advance(steps: int = 1, **shown: Any) -> None:
                 nonlocal done
                 done += steps
                 rate = (done - start) / max(time.monotonic() - begun, 1e-9)
                 text = " ".join(f"{k} {v}" for k, v in shown.items())
-                fields: dict[str, Any] = {"rate": f"{rate:.1f}/s", **({"shown": text} if shown else {})}
-                bars.update(task, advance=steps, **fields)
+                if reporter is not None:
+                    reporter.report(label, done, total, rate, text)
+                if bars is not None and task is not None:
+                    fields: dict[str, Any] = {"rate": f"{rate:.1f}/s", **({"shown": text} if shown else {})}
+                    bars.update(task, advance=steps, **fields)
 
             yield advance
+
+
+def open_bars() -> Progress:
+    """Return the bars that progress is shown by, on standard error; to be entered, and gone when they are left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:<34}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[shown]}"),
+    )
+    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 class Checkpoint:
@@ -322,15 +466,15 @@ class Checkpoint:
             self.path.unlink(missing_ok=True)
 
 
-def _lock(directory: Path) -> Any:
-    """Hold an exclusive lock on the directory; it ends with the process, however that ends."""
+def _lock(directory: Path, shared: bool) -> Any:
+    """Hold a lock on the directory, alone or with other workers; it ends with the process, however that ends."""
     lock = open(directory / ".lock", "a+")  # noqa: SIM115 - kept open for the life of the run
     try:
         import fcntl
     except ImportError:  # Windows: two commands on one directory are not detected there
         return lock
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
         owner = lock.read().strip() or "unknown"
@@ -342,6 +486,21 @@ def _lock(directory: Path) -> Any:
     lock.write(str(os.getpid()))
     lock.flush()
     return lock
+
+
+def _seconds_within(events: Path) -> float:
+    """Return the seconds that one file of events tells of, from each opening to the last event before the next."""
+    spent = begun = last = 0.0
+    for line in events.read_text().splitlines():
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:  # left half written by a killed process
+            continue
+        if event["event"] == "opened":
+            spent += last - begun
+            begun = event["time"]
+        last = event["time"]
+    return spent + last - begun
 
 
 def _end_last_line(events: Path) -> None:

@@ -25,7 +25,7 @@ from stillroom.files import sha256_bytes
 from stillroom.labels import dynamic_label_bytes, ensemble_logits
 from stillroom.networks import build_network
 from stillroom.replay import STUDENT_DRAWS, build_batches, replayed_epochs
-from stillroom.run import Run
+from stillroom.run import Run, Task
 from stillroom.teachers import Teacher
 from stillroom.train import Epochs, TrainConfig, fit, measure_accuracy
 
@@ -126,11 +126,12 @@ def choose_loss(config: StudentConfig, kind: str) -> Callable[[Tensor, Tensor], 
     return functools.partial(mse_hard_loss, hard_weight=config.hard_weight)
 
 
-def check_matches(distilled: DistilledSet, real: RealData) -> None:
-    """Raise StillroomError where the set's classes, their order, image size or resize rule are not the real data's.
+def check_matches(distilled: DistilledSet, real: RealData, held_out: bool = False) -> None:
+    """Raise StillroomError where the set's classes, their order, image size, resize rule or flip are not the data's.
 
     A set of images that were not resized (or whose manifest is older than that fact) matches every rule: none changes
-    an image that has its size.
+    an image that has its size. held_out: whether the test split is a part of the training images. Then the set must be
+    made of this very training split, or it could hold what it is tested on.
     """
     names = distilled.manifest.class_names
     if names != real.class_names:
@@ -156,6 +157,18 @@ def check_matches(distilled: DistilledSet, real: RealData) -> None:
         raise StillroomError(
             f"the distilled set was made of images resized by {resize!r}, but {real.name!r} was read by "
             f"{real.resize!r}; give --data.resize {resize}"
+        )
+    if distilled.manifest.dataset.flip != real.flip:
+        flip = "on" if distilled.manifest.dataset.flip else "off"
+        raise StillroomError(
+            f"whether a mirrored image keeps its class is {flip!r} in the distilled set, but not in {real.name!r}, so "
+            f"that its controls would be augmented otherwise; give --data.flip {flip}"
+        )
+    if held_out and distilled.manifest.dataset.fingerprint != real.fingerprint:
+        raise StillroomError(
+            f"the distilled set was made of other training images than these of {real.name!r}, so that it may hold "
+            "images that are held out for the test; give the same --data settings as for the set, or leave "
+            "--data.holdout-per-class out"
         )
 
 
@@ -197,23 +210,27 @@ def evaluate(
         replayed_epochs(distilled, train)  # refused before anything is trained
     steps = total_steps or steps_for(distilled, train)
     made_by = sha256_bytes(f"{distilled.fingerprint} {hash_labels(distilled, teachers or [])}".encode())
-    results = []
-    for seed in seeds:
+
+    def training(seed: int) -> Task:
         unit = f"student-{cell}-{config.network.replace(':', '-')}-{seed}"
-        if not run.unit_done(unit):
+
+        def make() -> tuple[dict[str, Any], None]:
             result = train_student(
                 distilled, real, config, train, steps, seed, teachers or [], plan, run, unit, made_by=made_by
             )
-            run.finish_unit(unit, result | {"made_by": made_by})
-            run.check_time()
-        else:
-            result, _ = run.load_unit(unit)
+            return result | {"made_by": made_by}, None
+
+        def fits(result: dict[str, Any]) -> bool:
             if result.get("made_by", made_by) != made_by:  # those of before there was a hash have none
                 raise StillroomError(
                     f"the finished student {unit!r} was trained on another set, or labelled by other teachers' "
                     "weights; give another directory with --out"
                 )
-        results.append(result)
+            return True
+
+        return Task(unit, make, fits)
+
+    results = [result for result, _ in run.carry_out([training(seed) for seed in seeds])]
     stored = 0 if distilled.soft_labels is None else distilled.soft_labels.nbytes
     if distilled.pool is not None:
         stored = distilled.pool.raw_bytes
@@ -233,7 +250,7 @@ def evaluate(
 def hash_labels(distilled: DistilledSet, teachers: list[Teacher]) -> str:
     """Return a SHA-256 of what students of `distilled` will learn from beside its classes; "" for hard labels."""
     if distilled.soft_labels is not None:
-        return sha256_bytes(distilled.soft_labels.contiguous().cpu().numpy().tobytes())
+        return sha256_bytes([distilled.soft_labels.contiguous().cpu().numpy().data])
     if distilled.manifest.pool is not None:
         return sha256_bytes(json.dumps(asdict(distilled.manifest.pool)).encode())
     if distilled.manifest.label_kind == "hard":
@@ -323,19 +340,23 @@ def build_draws(
     label_dynamically = ensemble_logits(teachers, plan) if kind == "dynamic" else None
     steps = replayed_epochs(distilled, train).steps if kind == "replayed" else 0
     classes = len(distilled.manifest.class_names)
-    hard = nn.functional.one_hot(here.labels[here.view_table()[:, 0]], classes).float()  # [views, classes]
-    stored = hard if kind == "hard" else None if here.soft_labels is None else here.soft_labels.float()
+    label_of = here.labels[here.view_table()[:, 0]]  # [views]
+
+    def hard(rows: Tensor) -> Tensor:
+        return nn.functional.one_hot(label_of[rows], classes).float()
+
+    def stored(rows: Tensor) -> Tensor:
+        return hard(rows) if here.soft_labels is None else here.soft_labels[rows].float()
 
     def draw_batch(rows: Tensor, generator: torch.Generator, drawn_step: int = 0) -> tuple[Tensor, Tensor]:
         images, mixing = form_batch(rows, generator)
         rows = rows.to(plan.device, non_blocking=True)
         if label_dynamically is not None:
             targets = label_dynamically(images)
-        elif stored is None:
-            assert distilled.pool is not None
+        elif distilled.pool is not None:
             targets = distilled.pool.decode(*divmod(drawn_step, steps), device=plan.device)
         else:  # CutMix too: its weight is the share of the image that is truly kept
-            targets = stored[rows] if mixing is None else augment.apply_mixup(stored[rows], mixing)
-        return images, torch.stack([targets, hard[rows]], dim=1) if with_hard else targets
+            targets = stored(rows) if mixing is None else augment.apply_mixup(stored(rows), mixing)
+        return images, torch.stack([targets, hard(rows)], dim=1) if with_hard else targets
 
     return draw_batch

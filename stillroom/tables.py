@@ -16,7 +16,6 @@ from stillroom.estimate import Stage
 from stillroom.recipes import EXPECTED, Recipe
 from stillroom.render import CONTROLS, caption_of, table_of
 from stillroom.students import Evaluation, StudentConfig
-from stillroom.teachers import Teacher
 
 # Tables keep their columns where the output is a file or a narrow window; a terminal wraps the lines instead.
 # Names of datasets and paths are shown as they are: brackets are not markup, nor :colons: pictures.
@@ -83,12 +82,12 @@ def show_comparison(results: dict[str, Any]) -> None:
     print(caption_of(results))
 
 
-def show_teachers(real: RealData, teachers: list[Teacher]) -> None:
-    """Print how good the teachers of a dataset are."""
-    table = Table("teacher", "top-1", "top-5", "weights", title=f"Teachers of {real.name}")
-    for teacher in teachers:
-        top1, top5 = (f"{100 * teacher.accuracy[k]:.1f} %" for k in ("top1", "top5"))
-        table.add_row(teacher.name, top1, _top5(top5, real.classes), teacher.hash[:12])
+def show_teachers(squeezed: dict[str, Any]) -> None:
+    """Print how good the teachers of a dataset are, by what squeeze_recipe returned."""
+    table = Table("teacher", "top-1", "top-5", "weights", title=f"Teachers of {squeezed['dataset']}")
+    for teacher in squeezed["teachers"]:
+        top1, top5 = (f"{100 * teacher['accuracy'][k]:.1f} %" for k in ("top1", "top5"))
+        table.add_row(teacher["name"], top1, _top5(top5, squeezed["classes"]), teacher["hash"][:12])
     console.print(table)
 
 
@@ -128,7 +127,7 @@ def show_budget(folder: Path) -> None:
     if manifest.teachers:
         print("teachers: " + ", ".join(f"{t.name} {t.show_accuracy(1)}" for t in manifest.teachers))
     if manifest.image_encoding == "float16":
-        low, high = distilled.images.float().aminmax()
+        low, high = distilled.images[:].float().aminmax()
         print(f"pixels: float16, from {low:.2f} to {high:.2f} where 0 is black and 1 white")
     if manifest.learning_rate is not None:
         print(f"learned learning rate: {manifest.learning_rate:g}")
@@ -176,7 +175,8 @@ def show_cache(rows: list[tuple[Path, int, str]]) -> None:
 def print_where(directory: Path) -> None:
     """Say where the results lie."""
     print(f"distilled set: {directory / 'distilled'}  (picture: {directory / 'distilled' / 'contact_sheet.png'})")
-    print(f"results: {directory / 'results.json'}, events: {directory / 'events.jsonl'}")
+    events = directory / "events.jsonl"
+    print(f"results: {directory / 'results.json'}, events: {events if events.exists() else directory / 'workers'}")
 
 
 def _spread(values: list[float]) -> str:

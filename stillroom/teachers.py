@@ -134,19 +134,25 @@ def load_teachers(
     if config.source == "train":
         known = hashes.keys() & (set(config.networks) - set(files))
         entries |= {name: find_weights(name, hashes[name], config) for name in known}
-    teachers = []
-    for name in config.networks:
-        if name in files:
-            model, source = load_checkpoint(name, files[name], real), f"file {files[name].name}"
-            teacher = _finish(name, model, source, real, plan)
-        elif config.source == "imagenet":
-            teacher = _finish(name, load_pretrained_imagenet(name), "torchvision IMAGENET1K_V1", real, plan)
-        else:
-            teacher = _train_or_load(name, entries[name], real, config, plan, run)
-        check_above_chance(teacher, real)
-        run.event("teacher", **teacher.facts())
-        teachers.append(replace(teacher, equal_norms=config.equal_norms))
-    return teachers
+    teachers: dict[str, Teacher] = {}
+    for wait in (False, True):  # first those that no other process is training
+        for name in config.networks:
+            if name in teachers:
+                continue
+            if name in files:
+                model, source = load_checkpoint(name, files[name], real), f"file {files[name].name}"
+                teacher = _finish(name, model, source, real, plan)
+            elif config.source == "imagenet":
+                teacher = _finish(name, load_pretrained_imagenet(name), "torchvision IMAGENET1K_V1", real, plan)
+            else:
+                with _entry_lock(entries[name], run, wait) as locked:
+                    if not locked:
+                        continue
+                    teacher = _train_or_load(name, entries[name], real, config, plan, run)
+            check_above_chance(teacher, real)
+            run.event("teacher", **teacher.facts())
+            teachers[name] = replace(teacher, equal_norms=config.equal_norms)
+    return [teachers[name] for name in config.networks]
 
 
 def check_config(config: TeachersConfig, real: RealData) -> None:
@@ -221,19 +227,19 @@ def untrained_teachers(real: RealData, config: TeachersConfig, plan: Plan) -> li
 
 
 def _train_or_load(name: str, entry: Path, real: RealData, config: TeachersConfig, plan: Plan, run: Run) -> Teacher:
+    """Return the teacher of a cache entry that is locked: two runs that want the same one train it once."""
     model = build_network(name, real.classes, real.image_size, seed=config.seed)
-    with _entry_lock(entry, run):  # two runs that want the same teacher train it once
-        if not (entry / "teacher.json").exists():
-            history = train_teacher(model, name, real, config, plan, run, Checkpoint(entry / "checkpoint.safetensors"))
-            accuracy = {k: history[-1][k] for k in ("top1", "top5")}
-            save_tensors(entry / "weights.safetensors", _weights(model), {})
-            key = teacher_key(name, real, config, plan)
-            facts = {"accuracy": accuracy, "hash": hash_weights(model), "key": key, "history": history}
-            write_json(entry / "teacher.json", facts)
-            (entry / "checkpoint.safetensors").unlink(missing_ok=True)
-            run.check_time()
-        facts = read_json(entry / "teacher.json")
-        tensors, _ = load_tensors(entry / "weights.safetensors")
+    if not (entry / "teacher.json").exists():
+        history = train_teacher(model, name, real, config, plan, run, Checkpoint(entry / "checkpoint.safetensors"))
+        accuracy = {k: history[-1][k] for k in ("top1", "top5")}
+        save_tensors(entry / "weights.safetensors", _weights(model), {})
+        key = teacher_key(name, real, config, plan)
+        facts = {"accuracy": accuracy, "hash": hash_weights(model), "key": key, "history": history}
+        write_json(entry / "teacher.json", facts)
+        (entry / "checkpoint.safetensors").unlink(missing_ok=True)
+        run.check_time()
+    facts = read_json(entry / "teacher.json")
+    tensors, _ = load_tensors(entry / "weights.safetensors")
     model.load_state_dict(tensors)
     if hash_weights(model) != facts["hash"]:
         raise StillroomError(
@@ -418,17 +424,20 @@ def _checkpoint_files(config: TeachersConfig) -> dict[str, Path]:
 
 
 @contextlib.contextmanager
-def _entry_lock(entry: Path, run: Run) -> Iterator[None]:
-    """Keep other processes from training or deleting the cache entry; wait for one that does."""
+def _entry_lock(entry: Path, run: Run, wait: bool = True) -> Iterator[bool]:
+    """Keep other processes from training or deleting the cache entry; wait for one that does, or yield False."""
     waited = False
     while (lock := _try_lock(entry)) is None:
+        if not wait:
+            yield False
+            return
         if not waited:
             run.notice(f"waiting for another process that trains teacher {entry.name}")
         waited = True
         run.check_time()
         time.sleep(1)
     with lock:
-        yield
+        yield True
 
 
 def _try_lock(entry: Path) -> contextlib.AbstractContextManager[Any] | None:

@@ -23,7 +23,7 @@ from stillroom.errors import StillroomError, check_choices
 from stillroom.muon import Muon
 from stillroom.run import Checkpoint, Run
 
-EVALUATION_BATCH = 500
+EVALUATION_BATCH = 500  # images of up to 64 px that pass at once where nothing is kept for a backward pass
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,11 @@ def schedule_rate(config: TrainConfig, step: int, total_steps: int, steps_per_ep
     peak = config.warmup_fraction * total_steps
     share = (step + 1) / peak if step < peak else (total_steps - step) / (total_steps - peak)
     return config.learning_rate * min(share, 1.0)
+
+
+def fit_batch(images: int, image_size: int) -> int:
+    """Return how many images of `image_size` px take the memory of `images` of 64 px; never more, and at least 1."""
+    return max(1, min(images, images * 64**2 // image_size**2))
 
 
 def apply_normalization(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -327,7 +332,8 @@ def measure_accuracy(
     model.eval()
     images = images.to(plan.device)
     right = torch.zeros(2, device=plan.device)
-    for rows in torch.arange(len(images)).split(EVALUATION_BATCH):
+    image_size = images.batch(torch.zeros(1, dtype=torch.int64)).shape[-1]
+    for rows in torch.arange(len(images)).split(fit_batch(EVALUATION_BATCH, image_size)):
         batch = apply_normalization(images.batch(rows).to(plan.device), mean, std)
         with plan.autocast():
             logits = model(batch.contiguous(memory_format=plan.memory_format)).float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +54,39 @@ def test_published_recoveries_and_ours_agree_over_a_whole_optimisation(tmp_path:
         for row in (exact, rounded):
             assert abs(row["final_statistics_loss"] / published["final_statistics_loss"] - 1) < 0.01
     assert all(row["milliseconds"] > 0 and row["share_of_peak"] > 0 for row in rows)
+
+
+def test_pools_of_labels_are_measured_on_random_images_and_on_a_finished_set_by_its_own_teachers(
+    tmp_path: Path,
+) -> None:
+    tiny = ["--data", "digits", "--teacher-epochs", "1", "--student", "convnet_thin", "--epochs", "1", "--seeds", "0"]
+    tiny += ["--pools", "1", "--encodings", "uint8", "--threads", "1"]
+    environment = os.environ | {"STILLROOM_CACHE": str(tmp_path / "cache")}
+
+    def run(*command: str) -> None:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    script = str(BENCHMARKS / "label_pools.py")
+    run(sys.executable, script, *tiny, "--ipc", "2", "--networks", "convnet_thin", "--out", "random.json")
+    words = ["--teachers.networks", "shufflenet_v2_thin", "--teachers.epochs", "1", "--ipc", "2"]
+    run(sys.executable, "-m", "stillroom.cli", "distill", "digits", "--method", "random", *words, "--out", "made")
+    run(sys.executable, script, "made", *tiny, "--out", "own.json")
+    for name in ("random", "own"):
+        rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+        assert [row["labels"] for row in rows] == ["static", "replayed", "dynamic"]
+    assert len(list((tmp_path / "cache" / "teachers").iterdir())) == 2  # none is trained for the finished set
+
+
+def test_step_in_chunks_takes_less_memory_and_has_the_gradient_of_the_whole_one(tmp_path: Path) -> None:
+    settings = ["--images", "8", "16", "--whole", "8", "--chunk", "2", "--size", "64"]
+    rows = run_benchmark("memory.py", tmp_path / "out.json", *settings)
+    for whole, chunked, twice in (rows[:3], rows[3:]):
+        assert (whole["images"], chunked["images"], twice["images"]) == (8, 8, 16)
+        assert chunked["gradient_cosine"] > 0.99
+        assert whole["memory_mib"] is None or chunked["memory_mib"] < whole["memory_mib"]
+
+
+def test_a_large_set_is_read_in_the_memory_of_its_parts(tmp_path: Path) -> None:
+    rows = run_benchmark("loader.py", tmp_path / "out.json", "--size", "64", "--batch", "8", "--stored", "500")
+    assert all(row["formed_per_second"] > 0 and row["memory_mib"] <= row["artifact_mib"] + 192 for row in rows)

@@ -538,6 +538,11 @@ def test_a_recipe_takes_the_protocol_below_the_file_and_the_flags(
     paper = settings_of(tell("run", "infer-cifar100-ipc10", "--protocol", "unified", "--print-config"))
     assert paper["labelled_by"] == ["resnet18"]
     assert plain["labelled_by"] is None
+    theirs = tell("run", "laptop-cifar100-ipc10", *words[4:], "--teachers.networks", "resnet18", "convnet_thin")
+    assert settings_of(theirs)["labelled_by"] == ["resnet18"]  # which is among the teachers that the user names
+    others = ["--teachers.networks", "mobilenet_v2", "convnet"]
+    own = tell("run", "infer-cifar100-ipc10", "--protocol", "unified", *others, "--print-config")
+    assert settings_of(own)["labelled_by"] is None
     (tmp_path / "mine.yaml").write_text("student:\n  temperature: 7\n  train: {epochs: 9}\nlabels: [hard]\n")
     changed = settings_of(tell(*words, "--config", tmp_path / "mine.yaml", "--student.train.epochs", 3))
     assert changed["labels"] == ["hard"]

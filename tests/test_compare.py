@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stillroom import cli, compare, estimate, grid, labels, paper, render, scores, students, teachers
-from stillroom.analysis.duplication import feature_duplication, mean_similarity
+from stillroom.analysis.duplication import feature_duplication, mean_over_classes, mean_similarity
 from stillroom.compute import Plan
 from stillroom.data import FACTS, load_real
 from stillroom.distilled import count_bytes, load_distilled
@@ -28,7 +28,7 @@ from stillroom.grid import Grid, comparison_of
 from stillroom.labels import PoolConfig
 from stillroom.methods import METHODS, Method, select
 from stillroom.networks import NETWORKS
-from stillroom.recipes import EXPECTED, Recipe, find_recipe, smoke
+from stillroom.recipes import EXPECTED, RECIPES, Recipe, find_recipe, smoke
 from stillroom.run import Run
 
 INFER = ("", ":naturals_as_views=false", ":compensator_bits=8", ":compensators=false", ":teachers=[toynet]")
@@ -324,7 +324,13 @@ def test_mean_similarity_is_the_mean_over_all_pairs() -> None:
     cosines = (features @ features.T).numpy()
     pairs = [cosines[i, j] for i in range(7) for j in range(7) if i != j]
     assert mean_similarity(features) == pytest.approx(float(np.mean(pairs)), abs=1e-6)
-    assert mean_similarity(features[:1]) == 1.0
+
+
+def test_a_class_of_one_view_has_no_pairs_and_counts_for_nothing() -> None:
+    features = torch.nn.functional.normalize(torch.randn(4, 5, generator=torch.Generator().manual_seed(0)))
+    alone = mean_over_classes(features, torch.tensor([0, 0, 0, 1]))
+    assert alone == mean_over_classes(features[:3], torch.zeros(3, dtype=torch.int64))
+    assert mean_over_classes(features, torch.arange(4)) is None
 
 
 def test_equal_views_are_duplicates_and_real_images_are_less(toy_recipe: Recipe, tmp_path: Path, plan: Plan) -> None:
@@ -374,7 +380,7 @@ def test_the_papers_numbers_are_in_order() -> None:
     assert paper.PAPER["cifar100", 10, "infer", "static", "resnet18"] == (45.2, 0.04)
     assert paper.PAPER["imagenet", 50, "gvbsm", "dynamic", "resnet101"] == (61.0, 0.4)
     assert ("tiny-imagenet", 10, "sre2l", "dynamic", "resnet18") not in paper.PAPER
-    assert len(paper.PAPER) == 16 + 22 + 14 + 42 + 24 + 24
+    assert len(paper.PAPER) == 18 + 24 + 14 + 42 + 24 + 24
     for (dataset, ipc, method, kind, student), (mean, _) in paper.PAPER.items():
         if method == "infer" and student == "resnet18":
             assert EXPECTED[f"infer-{dataset}-ipc{ipc}"][kind] == mean
@@ -550,6 +556,49 @@ def test_every_difference_and_the_protocol_stand_in_the_table(toy_recipe: Recipe
     assert "protocol: own" in (tmp_path / "run" / "table.md").read_text()
 
 
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "tiny-imagenet", "imagenet"])
+def test_a_grid_on_a_preset_compares_all_methods_by_their_own_settings_for_that_dataset(dataset: str) -> None:
+    methods = ("infer", "sre2l", "cda", "gvbsm", "rded")
+    for name, recipe in RECIPES.items():
+        if name.startswith(tuple(f"{method}-{dataset}-" for method in methods)):
+            for method in methods:
+                preset = find_recipe(f"{method}-{dataset}-ipc10")
+                assert getattr(recipe, method) == getattr(preset, method), (name, method)
+
+
+def test_a_plain_grid_on_a_preset_shows_every_number_of_the_paper_for_its_cells() -> None:
+    shown = set()
+    for dataset, ipc, method, kind, student in paper.PAPER:
+        infer = find_recipe(f"infer-{dataset}-ipc{ipc}")
+        entry = grid.Entry(method, ipc, grid.read_method(method, infer))
+        if compare.paper_number(entry, kind, replace(infer.student, network=student), FACTS[dataset]):  # type: ignore[arg-type]
+            shown.add((dataset, ipc, method, kind, student))
+    assert shown == set(paper.PAPER)
+
+
+def test_cells_by_learned_labels_and_by_bytes_that_cannot_be_are_refused(toy_recipe: Recipe, tmp_path: Path) -> None:
+    run_grid(replace(toy_recipe, labels=("hard",), seeds=(0,)), tmp_path / "made", methods=("random",))
+    ready = f"set:{tmp_path}/made/sets/random-ipc4"
+    for labels_, options, message in (
+        (("static", "learned"), {"methods": ("random", "infer")}, "learned labels: no method or set of the grid"),
+        (("hard",), {"methods": ("random", ready), "budget": "bytes"}, f"{ready}: its budget is what it is"),
+    ):
+        with pytest.raises(StillroomError, match=f"these cells cannot be:\n  {message}"):
+            run_grid(replace(toy_recipe, labels=labels_), tmp_path / "run", **options)  # type: ignore[arg-type]
+
+
+def test_sets_that_are_there_are_compared_by_hard_labels_without_any_teacher(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(toy_recipe, labels=("hard",), seeds=(0,))
+    run_grid(recipe, tmp_path / "made", methods=("random",))
+    monkeypatch.setattr(compare, "load_teachers", lambda *_: pytest.fail("teachers were asked for"))
+    run_grid(recipe, tmp_path / "run", methods=(f"set:{tmp_path}/made/sets/random-ipc4",))
+
+
+CHANGED = {"infer": ("infer:steps=3",), "gvbsm": ("gvbsm:steps=3",), "rded": ("rded:candidates=3",)}
+
+
 def test_published_numbers_stand_beside_the_published_cells_alone(toy_recipe: Recipe) -> None:
     toy = load_real(toy_recipe.data)
     cifar = replace(toy, class_names=FACTS["cifar100"].class_names, image_size=32)
@@ -562,7 +611,9 @@ def test_published_numbers_stand_beside_the_published_cells_alone(toy_recipe: Re
         recipe = find_recipe(name)
         entry = grid.Entry(recipe.method, 10, recipe)
         assert compare.paper_number(entry, labels_of, recipe.student, cifar) == expected
-        changed = replace(entry, name=f"{recipe.method}:steps=3")
+        spelt = replace(entry, name=f"{recipe.method}:spelt")
+        assert compare.paper_number(spelt, labels_of, recipe.student, cifar) == expected
+        changed = replace(entry, recipe=grid.read_method(*CHANGED[recipe.method], recipe))
         assert compare.paper_number(changed, labels_of, recipe.student, cifar) is None
     infer = find_recipe("infer-cifar100-ipc10")
     random = grid.Entry("random", 10, replace(infer, method="random"))

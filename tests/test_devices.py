@@ -93,7 +93,7 @@ def test_pixels_are_recovered_on_the_device_and_read_back_after_the_last_step(
     accelerator: Plan, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = METHODS[method].config(steps=3, shift_limit=2)
-    monkeypatch.setattr(gvbsm, "gather_statistics", lambda *_: torch.zeros(58))
+    monkeypatch.setattr(gvbsm, "gather_statistics", lambda teachers, *_: [torch.zeros(58) for _ in teachers])
     teachers = [teacher_on(accelerator)] * 2
     line = where_read_back(lambda: METHODS[method].distill(build_toy(), teachers, 3, config, 0, accelerator, Run()))
     assert "isfinite" in line  # after the last step
@@ -102,7 +102,7 @@ def test_pixels_are_recovered_on_the_device_and_read_back_after_the_last_step(
 def test_real_statistics_are_gathered_on_the_device_and_read_back_once(accelerator: Plan) -> None:
     config = gvbsm.GvbsmConfig(crop_padding=1)
     line = where_read_back(
-        lambda: gvbsm.gather_statistics(teacher_on(accelerator), build_toy(), config, 0, accelerator, Run())
+        lambda: gvbsm.gather_statistics([teacher_on(accelerator)], build_toy(), config, 0, accelerator, Run())
     )
     assert "layout.known, " in line or "torch.where" in line  # after the last batch
 
@@ -148,7 +148,7 @@ def test_a_teacher_is_trained_on_the_device(accelerator: Plan) -> None:
 def test_static_labels_are_read_back_block_by_block(plan: Plan, accelerator: Plan) -> None:
     distilled = infer.distill(build_toy(), [teacher_on(plan)], 5, InferConfig(steps=1), 0, plan, Run())
     line = where_read_back(lambda: compute_static_labels(distilled, [teacher_on(accelerator)], accelerator, Run()))
-    assert "blocks.append" in line
+    assert "parts.append" in line
 
 
 def test_accuracy_is_read_back_once_after_the_last_batch(accelerator: Plan) -> None:

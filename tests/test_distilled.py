@@ -901,6 +901,22 @@ def test_real_data_read_by_another_rule_than_the_set_was_made_by_is_refused(
         check_matches(distilled, dataclasses.replace(real, resize=read))
 
 
+def test_a_set_that_may_hold_what_is_held_out_is_refused(toy: RealData, plan: Plan) -> None:
+    distilled = distill_random(toy, [], 2, RandomConfig(), 0, plan, Run())
+    rows = torch.arange(len(toy.train))[::2]
+    half = dataclasses.replace(toy, train=type(toy.train)(toy.train.batch(rows), toy.train.labels[rows]))
+    check_matches(distilled, half)
+    check_matches(distilled, toy, held_out=True)
+    with pytest.raises(StillroomError, match="it may hold images that are held out"):
+        check_matches(distilled, half, held_out=True)
+
+
+def test_a_set_whose_images_may_be_mirrored_is_refused_beside_data_whose_may_not(toy: RealData, plan: Plan) -> None:
+    distilled = distill_random(toy, [], 2, RandomConfig(), 0, plan, Run())
+    with pytest.raises(StillroomError, match=r"mirrored image keeps its class is 'off' .* give --data\.flip off"):
+        check_matches(distilled, dataclasses.replace(toy, flip=True))
+
+
 def test_a_set_of_images_that_were_not_resized_suits_every_rule(toy: RealData, plan: Plan) -> None:
     distilled = distill_random(toy, [], 2, RandomConfig(), 0, plan, Run())
     for rule in get_args(manifest.Resize):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from conftest import build_toy_teacher
 
-from stillroom import estimate
+from stillroom import artifact, estimate
+from stillroom.compute import Plan
+from stillroom.data import RealData
 from stillroom.estimate import estimate_recipe
 from stillroom.methods import METHODS
 from stillroom.methods.gvbsm import GvbsmConfig
+from stillroom.methods.infer import InferConfig
 from stillroom.methods.sre2l import Sre2lConfig
 from stillroom.pipeline import run_recipe
 from stillroom.recipes import Recipe
@@ -49,6 +54,30 @@ def test_the_recovery_of_pixels_is_timed(toy_recipe: Recipe, method: str, stages
     assert [stage.name for stage in found[1:]] == [*stages, "images", "static labels"]
     assert all(stage.seconds > 0 for stage in found[1:-2])
     assert found[-3].memory > 0
+
+
+def test_of_a_step_in_chunks_one_chunk_is_timed_and_its_memory_told(
+    toy: RealData, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "peak_memory", lambda *_: None)  # counts what is kept, of a world too small to weigh
+    own, found = 3 * 8 * 8, {}
+    for chunk in (0, 4):
+        cut = replace(plan, chunk_images=chunk)
+        model = build_toy_teacher().model
+        found[chunk] = estimate._time_recovery(model, 2, 64, InferConfig(), toy, cut)[1] - 2 * 64 * own
+    assert 0 < found[4] < found[0] / 8
+
+
+def test_what_a_large_set_takes_is_judged_by_its_files(toy_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(toy_recipe, labels=("static",), controls=False)
+    held = {stage.name: stage for stage in estimate_recipe(recipe, "set")[0]}
+    monkeypatch.setattr(artifact, "HELD_BYTES", 0)
+    stages, notes = estimate_recipe(recipe, "set")
+    stored = {stage.name: stage for stage in stages}
+    assert held["images"].kept == held["images"].memory == 12 * 3 * 8 * 8
+    assert stored["images"].kept == stored["images"].memory != held["images"].kept
+    assert stored["static labels"].memory == stored["static labels"].kept > 0
+    assert any("GiB at most" in note for note in notes) == sys.platform.startswith("linux")
 
 
 def test_a_method_whose_work_is_not_known_here_is_said_not_to_be_timed(

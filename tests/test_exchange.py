@@ -646,7 +646,7 @@ def test_any_arrays_of_a_set_are_read_as_their_levels_classes_and_labels(
     if soft != "none":
         arrays["soft_labels"] = logits if soft == "logits" else probabilities
     np.savez(tmp_path / "set.npz", **arrays)
-    config = ImportConfig(soft_label_kind="probabilities" if soft == "probabilities" else "logits")
+    config = ImportConfig(soft_label_kind="probabilities" if soft == "probabilities" else None)
     back = import_set(tmp_path / "set.npz", toy, config)
     assert torch.equal(back.images, torch.from_numpy(levels.transpose(0, 3, 1, 2).copy()).expand(-1, 3, -1, -1))
     assert back.labels.tolist() == ours[labels].tolist()
@@ -745,6 +745,10 @@ def test_a_file_or_a_setting_of_another_layout_is_refused(toy: RealData, tmp_pat
     root = write_folder(tmp_path / "set", ("0", "1", "2", "3"))
     with pytest.raises(StillroomError, match=r"--soft-label-column x is for parquet, but .* is read as folder; leave"):
         import_set(root, toy, ImportConfig(soft_label_column="x"))
+    with pytest.raises(StillroomError, match=r"--teachers a b is for INFER's files, but .* is read as npz; leave"):
+        import_set(tmp_path / "set.npz", toy, ImportConfig(teachers=("a", "b")))
+    with pytest.raises(StillroomError, match=r"--soft-label-kind probabilities is given, but .* has no soft labels"):
+        import_set(tmp_path / "set.npz", toy, ImportConfig(soft_label_kind="probabilities"))
 
 
 # -- the size of the set ---------------------------------------------------------------------------------------------
@@ -1061,6 +1065,15 @@ def test_an_import_leaves_a_folder_that_holds_something_alone_before_any_work(
     assert cli.main([*words, "--method", "other"]) == 1
     assert "import: --out imported holds something already; give a new or empty folder" in capsys.readouterr().err
     assert (tmp_path / "imported" / "manifest.json").read_bytes() == first
+
+
+def test_a_set_without_compensators_has_no_blocks_of_teachers_in_infers_layout(
+    toy: RealData, toy_teachers: list[Any], plan: Plan, tmp_path: Path
+) -> None:
+    random = distill_random(toy, toy_teachers, 2, RandomConfig(), 0, plan, Run())
+    (note,) = export_set(random, "infer", tmp_path / "out")
+    assert "blocks: naturals; soft labels" in note
+    assert "--teachers" not in note
 
 
 def test_a_set_of_other_teachers_in_infers_layout_says_that_its_compensators_were_not_read(

@@ -131,7 +131,7 @@ def test_a_cut_or_padded_tensor_file_is_one_clear_error(
     tmp_path_factory: pytest.TempPathFactory, cut: int, noise: bytes
 ) -> None:
     path = tmp_path_factory.mktemp("cut") / "a"
-    whole = files.tensor_bytes(TENSORS, {"step": 3}, path)
+    whole = b"".join(files.tensor_pieces(TENSORS, {"step": 3}, path))
     content = whole[: cut % len(whole)] + noise
     if len(content) == len(whole):  # the format has no checksum: that is the manifest's task
         return

@@ -185,8 +185,8 @@ def test_real_statistics_are_those_of_all_images_cropped_with_a_black_border(
     teacher = build_toy_teacher(1)
     config = replace(QUICK, augmentation=augmentation, crop_padding=3)
     with Run(tmp_path / "run") as run:
-        found = gather_statistics(teacher, toy, config, 0, plan, run)
-        assert torch.equal(found, gather_statistics(teacher, toy, config, 0, plan, run))
+        [found] = gather_statistics([teacher], toy, config, 0, plan, run)
+        assert torch.equal(found, gather_statistics([teacher], toy, config, 0, plan, run)[0])
     pixels = toy.train.images.numpy()
     if augmentation == "crop_shift":
         bordered, pieces = np.pad(pixels, ((0, 0), (0, 0), (3, 3), (3, 3))), []
@@ -211,7 +211,7 @@ def test_real_statistics_do_not_depend_on_the_order_of_images(toy: RealData, pla
     teacher, config = build_toy_teacher(1), replace(QUICK, augmentation="none")
     order = toy.train.labels.argsort(stable=True)
     ordered = replace(toy, train=MemoryImages(toy.train.images[order], toy.train.labels[order]))
-    found, same = (gather_statistics(teacher, real, config, 0, plan, Run()) for real in (toy, ordered))
+    found, same = (gather_statistics([teacher], real, config, 0, plan, Run())[0] for real in (toy, ordered))
     torch.testing.assert_close(found, same, rtol=1e-4, atol=1e-5)
 
 
@@ -270,7 +270,7 @@ def test_rounds_give_each_class_its_share_of_the_slots_in_turn() -> None:
 def test_a_round_per_slot_makes_blocks_of_one_image_per_class(
     toy: RealData, toy_teachers: list[Teacher], plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gvbsm, "gather_statistics", lambda *_: torch.zeros(58))
+    monkeypatch.setattr(gvbsm, "gather_statistics", lambda teachers, *_: [torch.zeros(58) for _ in teachers])
     asked: list[torch.Tensor] = []
 
     def recover(config: GvbsmConfig, real: RealData, teachers: object, blocks: list[torch.Tensor], *_: object) -> Any:

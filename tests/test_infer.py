@@ -302,14 +302,14 @@ def test_ablations_that_make_no_sense_are_refused(toy: RealData, toy_teachers: l
 def test_finished_compensators_are_not_taken_for_those_of_other_naturals_or_other_weights(
     toy: RealData, toy_teachers: list[Teacher], plan: Plan, tmp_path: Path
 ) -> None:
-    naturals = toy.train.batch(torch.arange(8)).unflatten(0, (2, 4))
+    naturals = toy.train.batch(torch.arange(8))  # of two slots
     config = InferConfig(steps=2, shift_limit=1)
     with Run(tmp_path / "run") as run:
-        first = infer.recover_compensators(toy_teachers[0], naturals, toy, config, 0, plan, run)
-        again = infer.recover_compensators(toy_teachers[0], naturals, toy, config, 0, plan, run)
+        first = infer.recover_compensators(toy_teachers[:1], naturals, toy, config, 0, plan, run)
+        again = infer.recover_compensators(toy_teachers[:1], naturals, toy, config, 0, plan, run)
         assert torch.equal(first, again)
         with pytest.raises(StillroomError, match="were made for other images; give another directory"):
-            infer.recover_compensators(toy_teachers[0], naturals.flip(1), toy, config, 0, plan, run)
+            infer.recover_compensators(toy_teachers[:1], naturals.flip(0), toy, config, 0, plan, run)
         other = replace(toy_teachers[1], name=toy_teachers[0].name)
         with pytest.raises(StillroomError, match="were made with other weights of it"):
-            infer.recover_compensators(other, naturals, toy, config, 0, plan, run)
+            infer.recover_compensators([other], naturals, toy, config, 0, plan, run)

@@ -33,7 +33,7 @@ from stillroom.labels import attach_labels
 from stillroom.manifest import SEAL_KEY, ViewSettings
 from stillroom.methods import METHODS, Method
 from stillroom.methods.select import Content, RandomConfig, describe_set, distill_random
-from stillroom.pipeline import run_recipe
+from stillroom.pipeline import check_recipe, run_recipe
 from stillroom.recipes import Recipe
 from stillroom.run import Run
 from stillroom.students import StudentConfig, build_draws, evaluate
@@ -74,6 +74,12 @@ def bold_recipe(toy_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     row = Method(BoldConfig, distill_bold, METHODS["random"].check, bold_content, needs_teachers=False)
     monkeypatch.setitem(METHODS, "bold", row)
     return replace(toy_recipe, method="bold", labels=("learned",), seeds=(0,))  # type: ignore[arg-type]
+
+
+def test_an_encoding_that_would_cut_the_pixels_is_refused_before_any_work(bold_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = replace(bold_recipe, image_encoding="jpeg95")
+    with pytest.raises(StillroomError, match="image_encoding is 'jpeg95', but 'bold' makes pixels of 16 bits"):
+        check_recipe(recipe, load_real(recipe.data))
 
 
 @pytest.fixture

@@ -66,6 +66,11 @@ def test_chunks_cover_all_images_once_in_order_and_are_of_one_size_but_the_last(
     assert 0 < len(rows[-1]) <= len(rows[0])
 
 
+def test_chunks_are_all_of_one_size_where_that_needs_less_than_twice_as_many() -> None:
+    for images, most, expected in ((1000, 32, 25), (250, 32, 25), (64, 32, 32), (12, 32, 12), (97, 32, 25), (1, 1, 1)):
+        assert len(range(images)[cut_chunks(images, most)[0]]) == expected
+
+
 def test_a_slot_passes_whole_where_memory_holds_it_and_in_chunks_where_not(monkeypatch: pytest.MonkeyPatch) -> None:
     for free, slot, expected in (
         (16 * 2**30, (100, 32), 0),

@@ -24,7 +24,7 @@ from stillroom.compute import ComputeConfig, Plan
 from stillroom.data import RealData
 from stillroom.distilled import DistilledSet, count_bytes, load_distilled, verify_distilled
 from stillroom.errors import StillroomError
-from stillroom.files import sha256_bytes, tensor_bytes
+from stillroom.files import sha256_bytes, tensor_pieces
 from stillroom.labels import PoolConfig, attach_labels
 from stillroom.logits import StoredLogits, count_logit_bytes, encode_logits
 from stillroom.manifest import BatchSettings, LabelEncoding
@@ -506,7 +506,7 @@ def test_a_forged_file_of_labels_with_a_fitting_hash_is_refused(
     pool.save(folder)
     assert pool.pool is not None
     tensors = pool.pool.tensors | {name: change(pool.pool.tensors[name])}
-    content = tensor_bytes(tensors, {}, "forged")
+    content = b"".join(tensor_pieces(tensors, {}, "forged"))
     obj = json.loads((folder / "manifest.json").read_bytes())
     facts = obj["files"]["labels"]
     facts["bytes"], facts["sha256"] = len(content), sha256_bytes(content)

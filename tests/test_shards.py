@@ -290,6 +290,8 @@ def twice(name: str) -> list[Member]:
     ([*samples_of(2, 0), ("a.json", b'{"label": true}')], r"has the label True"),
     ([*samples_of(2, 0), ("a.json", b'{"label": ' + b"[" * 900 + b"]" * 900 + b"}")], r"has the label of type list"),
     ([*samples_of(2, 0), ("a.json", b'{"class": "cat"}')], r"has the label 'cat'"),
+    ([*samples_of(2, 0), ("a.png", b""), ("a.cls", b"0"), ("a.json", b'{"label": 1}')],
+     r"two labels for the sample 'a': 0 in \.cls, 1 in \.json"),
     ([*samples_of(2, 0), ("a.json", b'{"label": 9223372036854775808}')], r"has the label 9223372036854775808"),
     ([*samples_of(2, 0), ("a.png", b""), ("a.cls", b"-1")], r"training label -1 \(on 1 of 8 images\)"),
     ([("n01440764.tar", b"")], r"has members \(1\), but no sample among them"),

@@ -42,12 +42,17 @@ def measure_duplication(study: Study) -> Duplication:
     return Duplication(
         dataset=real.name,
         teacher=teacher.name,
-        real=mean_over_classes(features, real.train.labels[rows]),
+        real=_or_nan(mean_over_classes(features, real.train.labels[rows])),
         real_per_class=min(REAL_PER_CLASS, int(real.train.labels.bincount().max())),
         method=np.array([made.method for made in wanted]),
         ipc=np.array([made.ipc for made in wanted]),
-        similarity=np.array([feature_duplication(made.distilled, teacher, study.plan) for made in wanted]),
+        similarity=np.array([_or_nan(feature_duplication(made.distilled, teacher, study.plan)) for made in wanted]),
     )
+
+
+def _or_nan(value: float | None) -> float:
+    """Return a number that is not drawn where there is none: of one view a class."""
+    return float("nan") if value is None else value
 
 
 def map_boundaries(study: Study) -> Boundaries:

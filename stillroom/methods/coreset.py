@@ -30,7 +30,7 @@ from stillroom.methods.select import SCORING_BATCH, choose_by_class, describe_se
 from stillroom.networks import penultimate_features
 from stillroom.run import Run
 from stillroom.teachers import Teacher
-from stillroom.train import apply_normalization
+from stillroom.train import apply_normalization, fit_batch
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def compute_features(teacher: Teacher, real: RealData, rows: Tensor, plan: Plan)
     rows: int64 [rows], positions in the training split. Raises StillroomError where a feature is not finite.
     """
     parts = []
-    for some in rows.split(SCORING_BATCH):
+    for some in rows.split(fit_batch(SCORING_BATCH, real.image_size)):
         images = apply_normalization(real.train.batch(some).to(plan.device), real.mean, real.std)
         features = penultimate_features(teacher.model, images.contiguous(memory_format=plan.memory_format))
         parts.append(features.cpu())

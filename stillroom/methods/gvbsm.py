@@ -34,8 +34,8 @@ from stillroom.data import RealData
 from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError, check_choices
 from stillroom.methods.pixels import class_blocks, recover_images, recover_set
-from stillroom.methods.recover import Terms, channel_moments, check_descent, draw_augment, make_once
-from stillroom.run import Run
+from stillroom.methods.recover import Terms, channel_moments, check_descent, draw_augment, made_once
+from stillroom.run import Run, Task
 from stillroom.teachers import Teacher
 from stillroom.train import apply_normalization
 
@@ -293,8 +293,16 @@ def square_means(statistics: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.cat([piece for mean in means for piece in (torch.zeros_like(mean), mean * mean)])
 
 
-def gather_statistics(teacher: Teacher, real: RealData, config: GvbsmConfig, seed: int, plan: Plan, run: Run) -> Tensor:
-    """Return what the teacher's statistics are to be, float32 [total] on the CPU: a unit of work of its own.
+def gather_statistics(
+    teachers: list[Teacher], real: RealData, config: GvbsmConfig, seed: int, plan: Plan, run: Run
+) -> list[Tensor]:
+    """Return what each teacher's statistics are to be, float32 [total] on the CPU; a unit of work is one teacher."""
+    tasks = [gathering(teacher, real, config, seed, plan, run) for teacher in teachers]
+    return [tensors["statistics"] for _, tensors in run.carry_out(tasks)]
+
+
+def gathering(teacher: Teacher, real: RealData, config: GvbsmConfig, seed: int, plan: Plan, run: Run) -> Task:
+    """Return the task of gathering one teacher's statistics.
 
     BatchNorms have theirs; of convolutions the real training images', cropped and flipped, in one pass of batches. In
     float32, whatever the plan. Confessed: the published scripts average the variances of shuffled batches; these are
@@ -329,7 +337,7 @@ def gather_statistics(teacher: Teacher, real: RealData, config: GvbsmConfig, see
         return {"statistics": torch.where(layout.known.isnan(), found, layout.known).cpu()}
 
     made_by = {"teacher": teacher.name, "hash": teacher.hash}
-    return make_once(run, unit, made_by, f"statistics of {teacher.name!r}", make)["statistics"]
+    return made_once(unit, made_by, f"statistics of {teacher.name!r}", make)
 
 
 # (views, labels, average, keep) -> (label loss [groups], weighted statistics loss [groups], average after this step)
@@ -419,7 +427,7 @@ def distill(
     Raises StillroomError for bad input and where a loss is not finite, TimeLimitReached where the run is to stop.
     """
     check(real, {teacher.name: teacher.model for teacher in teachers}, ipc, config)
-    targets = [gather_statistics(teacher, real, config, seed, plan, run) for teacher in teachers]
+    targets = gather_statistics(teachers, real, config, seed, plan, run)
     blocks = class_blocks(ipc, real.classes, config.images_per_batch, config.rounds)
 
     @functools.cache  # compiled once per number of blocks, and worth it by all of the run's steps

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from stillroom.artifact import StoredImages
 from stillroom.compute import Plan
 from stillroom.data import RealData
 from stillroom.distilled import DistilledSet, quantize_compensators
@@ -34,10 +35,10 @@ from stillroom.methods.recover import (
     check_has_batchnorm,
     descend,
     draw_augment,
-    make_once,
+    made_once,
 )
 from stillroom.methods.select import Content, describe_set, draw_naturals, take_naturals
-from stillroom.run import Run
+from stillroom.run import Run, Task
 from stillroom.teachers import Teacher
 from stillroom.train import apply_normalization
 
@@ -169,7 +170,7 @@ def load_naturals(folder: Path | str, real: RealData, slots: int) -> tuple[Tenso
     return torch.cat(images), torch.arange(real.classes).repeat(slots)
 
 
-def place_naturals(real: RealData, slots: int, seed: int, folder: str | None) -> tuple[Tensor, Tensor]:
+def place_naturals(real: RealData, slots: int, seed: int, folder: str | None) -> tuple[Tensor | StoredImages, Tensor]:
     """Return images uint8 [slots * classes, 3, height, width] and labels: those in `folder`, or else a random draw."""
     if folder is not None:
         return load_naturals(folder, real, slots)
@@ -186,13 +187,12 @@ def distill(
     """
     slots = check(real, {teacher.name: teacher.model for teacher in teachers}, ipc, config)
     images, labels = place_naturals(real, slots, seed, config.naturals)
-    naturals = images.unflatten(0, (slots, real.classes))  # uint8 [slots, classes, 3, height, width]
     makers = makers_of([teacher.name for teacher in teachers], config)
     made_by = [next(teacher for teacher in teachers if teacher.name == name) for name in makers]
     stored = None
     if config.compensators:
-        rows = [recover_compensators(teacher, naturals, real, config, seed, plan, run) for teacher in made_by]
-        compensators = torch.stack(rows) * torch.tensor(real.std).view(3, 1, 1)  # to [0, 1] pixel units
+        recovered = recover_compensators(made_by, images, real, config, seed, plan, run)
+        compensators = recovered * torch.tensor(real.std).view(3, 1, 1)  # to [0, 1] pixel units
         stored = quantize_compensators(compensators, config.compensator_bits)
     manifest = describe_set(
         "infer",
@@ -208,31 +208,63 @@ def distill(
 
 
 def recover_compensators(
-    teacher: Teacher, naturals: Tensor, real: RealData, config: InferConfig, seed: int, plan: Plan, run: Run
+    teachers: list[Teacher],
+    naturals: Tensor | StoredImages,
+    real: RealData,
+    config: InferConfig,
+    seed: int,
+    plan: Plan,
+    run: Run,
 ) -> Tensor:
-    """Return one teacher's compensators, float32 [slots, 3, height, width] in units of the channels' deviation.
+    """Return each teacher's compensators, float32 [teachers, slots, 3, height, width] in units of the channels'
+    deviation.
 
-    naturals: uint8 [slots, classes, 3, height, width]. Raises StillroomError where a finished unit was made with other
-    weights.
+    naturals: uint8 [slots * classes, 3, height, width], slot by slot in class order; those of a pack of slots are
+    looked at at a time. Raises StillroomError where a finished unit was made with other weights.
     """
-    packs = [range(i, min(i + plan.pack_slots, len(naturals))) for i in range(0, len(naturals), plan.pack_slots)]
+    slots = len(naturals) // real.classes
+    packs = [range(i, min(i + plan.pack_slots, slots)) for i in range(0, slots, plan.pack_slots)]
+
+    def take(packed: range) -> Tensor:
+        own = naturals[packed.start * real.classes : packed.stop * real.classes]
+        return own.unflatten(0, (len(packed), -1))
+
+    hashes = {packed: sha256_bytes([take(packed).numpy().data]) for packed in packs}  # a user's files can change
+    tasks = [compensator_tasks(teacher, hashes, take, real, config, seed, plan, run) for teacher in teachers]
+    made = iter(run.carry_out([task for own in tasks for task in own]))
+    return torch.stack([torch.cat([next(made)[1]["compensators"] for _ in own]) for own in tasks])
+
+
+def compensator_tasks(
+    teacher: Teacher,
+    packs: Mapping[range, str],
+    take: Callable[[range], Tensor],
+    real: RealData,
+    config: InferConfig,
+    seed: int,
+    plan: Plan,
+    run: Run,
+) -> list[Task]:
+    """Return the tasks of one teacher's compensators: one for each pack of slots, here with the hash of its naturals.
+
+    take(pack): these, uint8 [slots, classes, 3, height, width].
+    """
 
     @functools.cache  # compiled once per size of pack, and worth it by all of the teacher's steps
     def objective_of(slots: int) -> Objective:
         return objective_for(teacher.model, slots, config, plan, config.steps * len(packs))
 
-    parts = []
-    for packed in packs:
+    tasks = []
+    for packed, images in packs.items():
         unit = f"compensators-{teacher.name.replace(':', '-')}-{packed.start}-{packed.stop}"
-        images = sha256_bytes(naturals[packed.start : packed.stop].numpy().tobytes())  # a user's files can change
         made_by = {"teacher": teacher.name, "hash": teacher.hash, "slots": list(packed), "images": images}
 
         def make(packed: range = packed, unit: str = unit) -> dict[str, Tensor]:
-            chosen, objective = naturals[packed.start : packed.stop], objective_of(len(packed))
-            return optimize_compensators(teacher, chosen, packed, real, config, seed, plan, run, unit, objective)
+            objective = objective_of(len(packed))
+            return optimize_compensators(teacher, take(packed), packed, real, config, seed, plan, run, unit, objective)
 
-        parts.append(make_once(run, unit, made_by, f"compensators of {teacher.name!r}", make)["compensators"])
-    return torch.cat(parts)
+        tasks.append(made_once(unit, made_by, f"compensators of {teacher.name!r}", make))
+    return tasks
 
 
 def begin_descent(naturals: Tensor, real: RealData, config: InferConfig, plan: Plan, objective: Objective) -> Descent:
@@ -290,7 +322,7 @@ def optimize_compensators(
     label = f"compensators {teacher.name} {packed.start}-{packed.stop - 1}"
     draws = [("compensators", teacher.name, slot) for slot in packed]
     remedy = f"lower infer.learning_rate (now {config.learning_rate})"
-    made_by = sha256_bytes(teacher.hash.encode() + naturals.numpy().tobytes())
+    made_by = sha256_bytes([teacher.hash.encode(), naturals.contiguous().numpy().data])
     losses = descend(descent, draws, seed, run, run.checkpoint(unit, made_by), label, remedy)
     run.event("compensators", teacher=teacher.name, slots=list(packed), losses=losses[-1].tolist())
     return {"compensators": descent.tensor.detach().cpu(), "losses": losses.cpu()}

@@ -20,7 +20,7 @@ from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError
 from stillroom.files import sha256_bytes
 from stillroom.manifest import ViewSettings
-from stillroom.methods.recover import Descent, Terms, descend, make_once
+from stillroom.methods.recover import Descent, Terms, descend, made_once
 from stillroom.methods.select import describe_set
 from stillroom.run import Run
 from stillroom.teachers import Teacher
@@ -94,8 +94,9 @@ def recover_images(
     names = ", ".join(teacher.name for teacher in teachers)
     made_by = {"teachers": names, "hash": sha256_bytes("".join(teacher.hash for teacher in teachers).encode())}
     images = torch.empty(sum(map(len, blocks)), 3, real.image_size, real.image_size, dtype=torch.uint8)
-    for packed in packs:
-        positions = torch.stack([blocks[index] for index in packed])
+    positions_of = [torch.stack([blocks[index] for index in packed]) for packed in packs]
+    tasks = []
+    for packed, positions in zip(packs, positions_of, strict=True):
         paths = [(settings.method, int(block[0])) for block in positions]
         unit = f"images-{packed.start}-{packed.stop}"
 
@@ -113,7 +114,8 @@ def recover_images(
             run.event("images", unit=unit, losses=losses[-1].tolist())
             return {"images": to_bytes(descent.tensor.detach() * std + mean).cpu(), "losses": losses.cpu()}
 
-        tensors = make_once(run, unit, made_by, f"images by {names}", make)
+        tasks.append(made_once(unit, made_by, f"images by {names}", make))
+    for positions, (_, tensors) in zip(positions_of, run.carry_out(tasks), strict=True):
         images[positions] = tensors["images"]
     return images
 

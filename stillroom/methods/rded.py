@@ -31,7 +31,7 @@ from stillroom.manifest import ViewSettings
 from stillroom.methods.select import SCORING_BATCH, choose_by_class, describe_set, rows_by_class
 from stillroom.run import Run
 from stillroom.teachers import Teacher
-from stillroom.train import apply_normalization
+from stillroom.train import apply_normalization, fit_batch
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def choose_tiles(
         generator, len(rows) * crops, side, side, scale=config.crop_scale, ratio=(1.0, 1.0)
     ).unflatten(0, (len(rows), crops))  # [candidates, crops, 4]
     size = side // config.factor
-    images = max(1, SCORING_BATCH // crops)  # whose crops are scored in one pass
+    images = max(1, fit_batch(SCORING_BATCH, size) // crops)  # whose crops are scored in one pass
     parts = [
         score_crops(teacher, real, index, some, own, size, plan)
         for some, own in zip(rows.split(images), boxes.split(images), strict=True)

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillroom.artifact import StoredImages, hold_images
 from stillroom.compute import Plan, build_generator
 from stillroom.data import RealData, describe_real
 from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError
 from stillroom.manifest import Manifest, Normalization, TeacherFacts, ViewSettings
-from stillroom.run import Run
+from stillroom.run import Run, Task
 from stillroom.teachers import Teacher
 
 SCORING_BATCH = 256  # images, or crops, that a teacher looks at in one pass
@@ -80,10 +81,14 @@ def draw_naturals(real: RealData, per_class: int, seed: int) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-def take_naturals(real: RealData, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Return images uint8 [slots * classes, 3, height, width] and labels int64, slot by slot in class order."""
+def take_naturals(real: RealData, chosen: Tensor) -> tuple[Tensor | StoredImages, Tensor]:
+    """Return images uint8 [slots * classes, 3, height, width] and labels int64, slot by slot in class order.
+
+    Many large images stay where the real data has them, and are decoded when they are asked for.
+    """
     flat = chosen.flatten()
-    return real.train.batch(flat).cpu(), real.train.labels[flat]
+    shape = [len(flat), 3, real.image_size, real.image_size]
+    return hold_images(shape, lambda rows: real.train.batch(flat[rows]).cpu()), real.train.labels[flat]
 
 
 def describe_set(
@@ -117,30 +122,32 @@ def choose_by_class(teacher: Teacher, classes: int, choose: Callable[[int], Tens
     One unit of work of the run, whose checkpoint holds the classes that are done. Raises StillroomError where these
     were chosen with other weights of the teacher, TimeLimitReached where the run is to stop.
     """
-    checkpoint = run.checkpoint(unit)
-    if run.unit_done(unit):
-        made, kept = run.load_unit(unit)
-    else:
+
+    def fits(made: dict[str, Any]) -> bool:
+        if made["hash"] != teacher.hash:
+            raise StillroomError(
+                f"{unit!r} was begun with other weights of {teacher.name!r} ({made['hash'][:12]}, now "
+                f"{teacher.hash[:12]}); give another directory with --out"
+            )
+        return True
+
+    def make() -> tuple[dict[str, Any], dict[str, Tensor]]:
+        checkpoint = run.checkpoint(unit)
         kept, made = checkpoint.load() or ({}, {"hash": teacher.hash})
-    if made["hash"] != teacher.hash:
-        raise StillroomError(
-            f"{unit!r} was begun with other weights of {teacher.name!r} ({made['hash'][:12]}, now "
-            f"{teacher.hash[:12]}); give another directory with --out"
-        )
-    chosen = list(kept.get("chosen", ()))
-    if len(chosen) == classes:
-        return torch.stack(chosen)
-    with run.progress(unit, classes, len(chosen)) as advance:
-        for index in range(len(chosen), classes):
-            chosen.append(choose(index))
-            advance()
-            if index < classes - 1 and (checkpoint.due or run.stopping):
-                checkpoint.save({"chosen": torch.stack(chosen)}, made)
-                if run.stopping:
-                    raise run.stop()
-    run.finish_unit(unit, made, {"chosen": torch.stack(chosen)})
-    run.check_time()
-    return torch.stack(chosen)
+        fits(made)
+        chosen = list(kept.get("chosen", ()))
+        with run.progress(unit, classes, len(chosen)) as advance:
+            for index in range(len(chosen), classes):
+                chosen.append(choose(index))
+                advance()
+                if index < classes - 1 and (checkpoint.due or run.stopping):
+                    checkpoint.save({"chosen": torch.stack(chosen)}, made)
+                    if run.stopping:
+                        raise run.stop()
+        return made, {"chosen": torch.stack(chosen)}
+
+    [(_, tensors)] = run.carry_out([Task(unit, make, fits)])
+    return tensors["chosen"]
 
 
 def check_random(real: RealData, networks: Mapping[str, nn.Module], ipc: int, config: RandomConfig) -> int:

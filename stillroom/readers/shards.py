@@ -141,6 +141,12 @@ def _index(path: Path, label_of: Mapping[str, int]) -> np.ndarray:
             if part != "image":
                 file.seek(member.start)
                 found[part][key] = _parse_label(file.read(member.size), part, where, label_of)
+    for key, label in found["cls"].items():
+        other_label = found["json"].get(key)
+        if other_label is not None and other_label != label:
+            raise StillroomError(
+                f"{path} has two labels for the sample {key!r}: {label} in .cls, {other_label} in .json; mend one."
+            )
     labels = {key: label for key, label in (found["json"] | found["cls"]).items() if label is not None}
     _require_whole_samples(path, found, labels, other)
     return np.array([(*span, labels[key]) for key, span in found["image"].items()], np.int64).reshape(-1, 3)
