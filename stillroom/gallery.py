@@ -79,11 +79,11 @@ def render(name: str, arrays: Arrays, format: Literal["png", "svg"], dark: bool 
 
     figure, buffer = FIGURES[name].draw(arrays, dark=dark), io.BytesIO()
     said = FIGURES[name].describe(arrays)
-    about = {"Description": said} | ({"Date": None} if format == "svg" else {"Software": None})
+    options: dict[str, Any] = {"metadata": {"Description": said, "Date": None}}
+    if format == "png":
+        options = {"metadata": {"Description": said, "Software": None}, "pil_kwargs": {"optimize": True}}
     with matplotlib.rc_context({"svg.hashsalt": name}):  # else identifiers are drawn at random
-        figure.savefig(
-            buffer, format=format, metadata=about, pil_kwargs={"optimize": True} if format == "png" else None
-        )
+        figure.savefig(buffer, format=format, **options)
     return buffer.getvalue()
 
 

@@ -7,7 +7,6 @@ version made them, no setting must equal one of today.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from stillroom.run import Run
 from stillroom.settings import Settings, read_plain
 from stillroom.students import StudentConfig, check_matches, fit_student, hash_labels, steps_for
 from stillroom.teachers import Teacher, TeachersConfig, load_teachers
-from stillroom.train import apply_normalization
+from stillroom.train import apply_normalization, fit_batch
 
 REAL = "real"  # the student trained on all real images, as teachers are
 NATURALS = "naturals"  # a set with compensators, without these
@@ -275,7 +274,8 @@ class Study:
     def predict(self, model: nn.Module, images: Images, rows: Tensor | None = None) -> Tensor:
         """Return a network's logits of `rows` of `images` (all if None), float32 [images, classes], on the CPU."""
         parts = []
-        for some in (torch.arange(len(images)) if rows is None else rows).split(TEST_BATCH):
+        batch_size = fit_batch(TEST_BATCH, self.real.image_size)
+        for some in (torch.arange(len(images)) if rows is None else rows).split(batch_size):
             batch = apply_normalization(images.batch(some).to(self.plan.device), self.real.mean, self.real.std)
             with self.plan.autocast():
                 parts.append(model(batch.contiguous(memory_format=self.plan.memory_format)).float().cpu())
@@ -283,11 +283,8 @@ class Study:
 
     def _section(self, name: str, default: Settings) -> Settings:
         """Return a section of the first run's settings, of whatever version; what it lacks is as in `default`."""
-        if name not in self.settings:
-            return default
-        known = {own.name for own in dataclasses.fields(default)}
-        plain = {key: value for key, value in self.settings[name].items() if key in known}
-        return read_plain(plain, default, str(self.runs[0] / "config.json"), self.keep.notice)  # type: ignore[no-any-return]
+        file = str(self.runs[0] / "config.json")
+        return read_plain(self.settings.get(name, {}), default, file, self.keep.notice)  # type: ignore[no-any-return]
 
 
 def find_sets(run: Path) -> list[Made]:

@@ -310,6 +310,7 @@ def test_a_student_is_the_runs_own_and_trained_once(
     study = opened(compared, sets=("infer",), seeds=(0, 1), ipc=4)
     right = [(study.logits("infer", seed).argmax(1) == study.real.test.labels).float().mean() for seed in (0, 1)]
     assert [100 * float(value) for value in right] == pytest.approx(reached["infer", 4], abs=1e-3)
+    assert not torch.equal(study.logits("infer", 0), study.logits("infer", 1))
     monkeypatch.setattr(studies, "fit_student", lambda *_, **__: pytest.fail("trained again"))
     again = opened(compared, sets=("infer",), seeds=(0, 1), ipc=4)
     torch.testing.assert_close(again.logits("infer", 1), study.logits("infer", 1))
@@ -337,6 +338,7 @@ def test_a_run_of_another_version_is_read(finished: Finished, opened: Opened, tm
     place = {"data": Place(str(finished.directory.parent / "toy.npz"))}
     study.config = replace(study.config, teachers=TeacherPlace(str(finished.directory.parent / "cache")), **place)
     assert study.student_config.network == "toynet"
+    assert study.student_config.loss == "kl"
     assert study.student("infer", 0)(torch.zeros(1, 3, 8, 8)).shape == (1, 4)
 
 

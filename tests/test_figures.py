@@ -111,7 +111,7 @@ def test_the_users_own_settings_change_no_figure(studied: Finished) -> None:
 
     arrays = read_csv(GAIN, gallery.results.Gain)
     plain = picture_of(draw_gain(arrays))
-    with matplotlib.rc_context({"figure.facecolor": "red", "lines.linewidth": 9}):
+    with matplotlib.rc_context({"figure.facecolor": "red", "xtick.major.size": 20}):
         assert picture_of(draw_gain(arrays)) == plain
         assert matplotlib.rcParams["figure.facecolor"] == "red"  # and stay theirs
 

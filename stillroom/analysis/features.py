@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stillroom.analysis.duplication import compute_features, feature_duplication, mean_over_classes
+from stillroom.analysis.duplication import FEATURE_BATCH, compute_features, feature_duplication, mean_over_classes
 from stillroom.arrays import Boundaries, Duplication
 from stillroom.compute import build_generator, derive_seed
 from stillroom.errors import StillroomError
 from stillroom.images import Images
 from stillroom.methods.select import rows_by_class
 from stillroom.study import NATURALS, REAL, Study
-from stillroom.train import apply_normalization
+from stillroom.train import apply_normalization, fit_batch
 
 REAL_PER_CLASS = 50  # real images of a class that duplication is measured on
 CLASSES = 7  # as in the paper's figure
@@ -102,7 +102,7 @@ def features_of(study: Study, model: nn.Module, images: Images, rows: Tensor) ->
     def form(some: Tensor) -> Tensor:
         return apply_normalization(images.batch(rows[some]).to(study.plan.device), study.real.mean, study.real.std)
 
-    return compute_features(model, form, len(rows))
+    return compute_features(model, form, len(rows), fit_batch(FEATURE_BATCH, study.real.image_size))
 
 
 def embed(features: np.ndarray, seed: int) -> np.ndarray:
