@@ -18,12 +18,26 @@ from conftest import build_toy_teacher
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillroom import cli, compare, estimate, grid, labels, paper, render, scores, students, teachers
+from stillroom import (
+    cli,
+    compare,
+    distilled,
+    estimate,
+    grid,
+    labels,
+    paper,
+    pipeline,
+    protocols,
+    render,
+    scores,
+    students,
+    teachers,
+)
 from stillroom.analysis.duplication import feature_duplication, mean_over_classes, mean_similarity
 from stillroom.compute import Plan
 from stillroom.data import FACTS, load_real
 from stillroom.distilled import count_bytes, load_distilled
-from stillroom.errors import StillroomError
+from stillroom.errors import StillroomError, TimeLimitReached
 from stillroom.grid import Grid, comparison_of
 from stillroom.labels import PoolConfig
 from stillroom.methods import METHODS, Method, select
@@ -672,6 +686,146 @@ def test_a_control_that_fails_is_marked_and_takes_nothing_else_with_it(
     shown = dict(zip(header, texts, strict=True))
     assert (shown["vs random, equal steps"], shown["vs random + hard, equal steps"][0]) == ("failed", "+")
     assert shown["top-1"] == f"{row['mean']:.1f}"
+
+
+def lost_controls(row: dict[str, Any]) -> set[str]:
+    header, (texts,) = render.table_of({"rows": [row], "protocol": "own"})
+    return {name for name, text in zip(header, texts, strict=True) if text == "failed"}
+
+
+def test_a_row_stands_where_random_images_cannot_be_read_back(toy_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = replace(toy_recipe, labels=("static",), seeds=(0,))
+    (before,) = run_grid(recipe, tmp_path / "run", methods=("infer",))["rows"]
+    (images,) = (tmp_path / "run/sets/random-ipc4/distilled").glob("images-*")
+    images.write_bytes(images.read_bytes()[:-1] + b"!")
+    (row,) = run_grid(recipe, tmp_path / "run", methods=("infer",))["rows"]
+    assert (row["top1"], row["bytes"]) == (before["top1"], before["bytes"])
+    assert "was changed after it was written" in row["failed"]["controls"]
+    assert lost_controls(row) == set(render.CONTROLS)
+
+
+def test_a_row_stands_where_a_control_cannot_be_labelled(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attach = pipeline.attach_labels
+
+    def fail_random(distilled: Any, kind: str, *rest: Any) -> Any:
+        if distilled.manifest.method == "random" and kind == "static":
+            raise StillroomError("its labels are not finite")
+        return attach(distilled, kind, *rest)
+
+    monkeypatch.setattr(pipeline, "attach_labels", fail_random)
+    recipe = replace(toy_recipe, labels=("static",), seeds=(0,))
+    (row,) = run_grid(recipe, tmp_path / "run", methods=("infer",))["rows"]
+    assert lost_controls(row) == {"vs random, equal epochs", "vs random, equal steps"}
+    assert row["differences"]["naturals + static, equal steps"]
+
+
+@pytest.mark.parametrize("part", ["reference", "plain"])
+def test_a_row_stands_where_its_scores_cannot_be_made_and_the_exit_code_tells(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, load = compare.Work.train, compare.load_teachers
+
+    def fail_plain(work: compare.Work, cell: Any, plain: bool = False) -> Any:
+        if plain:
+            raise StillroomError("it went astray")
+        return train(work, cell, plain)
+
+    def fail_reference(real: Any, config: Any, *rest: Any) -> Any:
+        if config.networks != toy_recipe.teachers.networks:
+            raise StillroomError("it went astray")
+        return load(real, config, *rest)
+
+    monkeypatch.setitem(NETWORKS, "other", NETWORKS["toynet"])
+    if part == "plain":
+        monkeypatch.setattr(compare.Work, "train", fail_plain)
+    monkeypatch.setattr(compare, "load_teachers", fail_reference if part == "reference" else load)
+    words = ["compare", "toy", "--labels", "static", "--seeds", "0", "--grid.methods", "infer", "--grid.scores"]
+    words += ["--grid.students", "other", "--out", str(tmp_path / "run")]
+    assert cli.main(words) == cli.FAILED
+    static = json.loads((tmp_path / "run/comparison.json").read_text())["rows"][-1]
+    assert "it went astray" in static["failed"]["scores"]
+    assert static["mean"] > 0
+    assert {"LRS", "ARS", "HLR", "IOR"} <= lost_controls(static)
+    assert "failed: scores, of infer" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), ValueError("overlooked"), ZeroDivisionError("division")])
+def test_whatever_a_method_fails_of_the_other_cells_stand(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setitem(METHODS, "herding", replace(METHODS["herding"], distill=fail))
+    recipe = replace(toy_recipe, labels=("hard",), seeds=(0,))
+    herding, random = run_grid(recipe, tmp_path / "run", methods=("herding", "random"))["rows"]
+    assert herding["error"] == str(error)
+    assert random["mean"] > 0
+
+
+def test_ready_sets_without_controls_leave_no_folder_of_sets(toy_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = replace(toy_recipe, labels=("hard",), seeds=(0,), controls=False)
+    run_grid(recipe, tmp_path / "made", methods=("random",))
+    ready = f"set:{tmp_path}/made/sets/random-ipc4"
+    (row,) = run_grid(recipe, tmp_path / "run", methods=(ready,))["rows"]
+    assert row["mean"] > 0
+    assert not (tmp_path / "run/sets").exists()
+
+
+def test_finished_rows_stay_in_the_tables_while_a_grown_grid_is_under_way(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(toy_recipe, labels=("hard",), seeds=(0,))
+    before = run_grid(recipe, tmp_path / "run", methods=("random", "infer"))["rows"]
+    entry_rows = compare.compare_entry
+
+    def stop(entry: grid.Entry, work: compare.Work) -> Any:
+        if entry.name == "random":
+            raise TimeLimitReached("time limit")
+        return entry_rows(entry, work)
+
+    monkeypatch.setattr(compare, "compare_entry", stop)
+    with pytest.raises(TimeLimitReached):
+        run_grid(recipe, tmp_path / "run", methods=("herding", "random", "infer"))
+    herding, *others = json.loads((tmp_path / "run/comparison.json").read_text())["rows"]
+    assert herding["method"] == "herding"
+    assert [row["top1"] for row in others] == [row["top1"] for row in before]
+    with pytest.raises(TimeLimitReached):  # rows of fewer seeds would be others
+        run_grid(replace(recipe, seeds=(0, 1)), tmp_path / "run", methods=("herding", "random", "infer"))
+    assert len(json.loads((tmp_path / "run/comparison.json").read_text())["rows"]) == 1
+
+
+def test_each_row_bears_the_protocol_that_it_was_made_by(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A protocol that prescribes who labels is not that of a variant which others label."""
+    students_ = dict.fromkeys(("cifar", "tiny", "imagenet"), toy_recipe.student)
+    monkeypatch.setitem(protocols.PROTOCOLS, "mine", protocols.Protocol(students_, ("static",), ("toynet",)))  # type: ignore[misc, arg-type]
+    monkeypatch.setitem(NETWORKS, "other", NETWORKS["toynet"])
+    networks = replace(toy_recipe.teachers, networks=("toynet", "other"))
+    recipe = replace(toy_recipe, teachers=networks, labels=("static",), seeds=(0,), labelled_by=("toynet",))
+    results = run_grid(recipe, tmp_path / "run", methods=("random", "random:labelled_by=[other]"))
+    assert [row["protocol"] for row in results["rows"]] == ["mine", "own"]
+    header, texts = render.table_of(results)
+    assert [row[header.index("protocol")] for row in texts] == ["mine", "own"]
+    assert "protocol: mine, own" in (tmp_path / "run/table.md").read_text()
+
+
+def test_a_second_time_no_image_is_encoded(toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(toy_recipe, labels=("static",), seeds=(0,))
+    (before,) = run_grid(recipe, tmp_path / "run", methods=("infer",))["rows"]
+    monkeypatch.setattr(distilled, "encode_picture", lambda *_: pytest.fail("encoded again"))
+    (row,) = run_grid(recipe, tmp_path / "run", methods=("infer",))["rows"]
+    assert row["bytes"] == before["bytes"]
+
+
+def test_a_teachers_statistics_are_gathered_once_for_all_budgets(toy_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = replace(smoke(toy_recipe), teachers=toy_recipe.teachers, student=toy_recipe.student, labels=("hard",))
+    run_grid(recipe, tmp_path / "run", methods=("gvbsm",), ipc=(2, 3))
+    assert len(list((tmp_path / "run/units").glob("statistics-*"))) == 1
+    assert not list((tmp_path / "run/sets").glob("*/units/statistics-*"))
 
 
 def test_soft_labels_stand_beside_the_hard_ones_of_the_same_set_in_whatever_order(
