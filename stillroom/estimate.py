@@ -34,6 +34,8 @@ from stillroom.students import soft_label_loss
 from stillroom.teachers import cache_entry
 
 TIMED_STEPS = 3
+FRAGMENTED = 1.6  # memory that a run takes of a step's peak, since blocks freed by other stages do not all fit again
+IF_STORED = "  its labels, if stored"  # a remark: no memory is taken
 TIMED_IMAGES = 16  # that are encoded to learn what a file takes
 TIMED_SCORES = 64  # images of a pass that is timed in place of SCORING_BATCH
 
@@ -68,8 +70,8 @@ def estimate_recipe(recipe: Recipe, last: str = "students") -> tuple[list[Stage]
     if last == "students":
         stages += _student_stages(recipe, real, plan, set())
     if plan.device == "cpu" and begun_with:
-        held = begun_with + sum(stage.memory for stage in stages if not stage.seconds)
-        most = held + max((stage.memory for stage in stages if stage.seconds), default=0)
+        held = begun_with + sum(stage.memory for stage in stages if not (stage.seconds or stage.name == IF_STORED))
+        most = held + FRAGMENTED * max((stage.memory for stage in stages if stage.seconds), default=0)
         notes.append(f"memory: {most / 2**30:.1f} GiB at most, {begun_with / 2**30:.1f} of them libraries and data")
     return stages, notes
 
@@ -313,7 +315,7 @@ def _student_stages(
         known |= cells
         if labels == "dynamic":
             stored = dynamic_label_bytes(batch, steps, real.classes)
-            stages.append(Stage("  its labels, if stored", f"{batch * steps:,} rows", 0.0, stored, 0))
+            stages.append(Stage(IF_STORED, f"{batch * steps:,} rows", 0.0, stored, 0))
     return stages
 
 
