@@ -5,7 +5,7 @@
 infer       new000/class000_id000.jpg, JPEG of quality 75: what INFER's published scripts train on
 folder      a folder of PNG files per class, index.csv, and soft_labels.npy (logits) where the set has them
 npz         one file: train_images, train_labels, class_names, and soft_labels (logits) where the set has them
-ddranking   images.pt, labels.pt, hard_labels.pt: what DD-Ranking's evaluators are given as tensors
+ddranking   images.pt, labels.pt, hard_labels.pt, images/: what DD-Ranking's evaluators are given, tensors or a folder
 
 None of them knows compensators, so all hold views, one image each: what sharing saves is lost, and so are manifest,
 hashes, dynamic labels and a learned learning rate. `infer`, `folder` and uint8 arrays hold 8 bits a channel, in [0, 1].
@@ -138,14 +138,15 @@ def write_npz(distilled: DistilledSet, folder: Path) -> list[str]:
 
 
 def write_ddranking(distilled: DistilledSet, folder: Path) -> list[str]:
-    """Write what DD-Ranking's `compute_metrics` takes: `image_tensor`, `soft_labels` and `hard_labels`.
+    """Write what DD-Ranking's `compute_metrics` takes: `image_tensor`, `soft_labels` and `hard_labels`; `image_path`.
 
     images.pt float32 [views, 3, height, width], normalised by the constants of its own test images where these are
     known; labels.pt float32 logits [views, classes], since its losses apply softmax to them; hard_labels.pt int64
-    [views]. Views stand class by class, equally many each, because its soft-label evaluator counts labels off by `ipc`.
-    That number is the views per class, so its random rival gets as many images: more than INFER's budget pays for. Read
-    in its repository's source; not run. It cannot express compensators (views are written out), labels for augmented
-    views, or a second label.
+    [views]. images/ holds the views in 8 bits, unnormalised, as its ImageFolder labels them: a folder per class, whose
+    names sort in label order; it reads no soft labels beside a folder. Views stand class by class, equally many each,
+    because its soft-label evaluator counts labels off by `ipc`. That number is the views per class, so its random rival
+    gets as many images: more than INFER's budget pays for. Read in its repository's source; not run. It cannot express
+    compensators (views are written out), labels for augmented views, or a second label.
     """
     manifest, order = distilled.manifest, _class_order(distilled)
     labels = distilled.labels[distilled.view_table()[order, 0]]
@@ -157,6 +158,10 @@ def write_ddranking(distilled: DistilledSet, folder: Path) -> list[str]:
     constants, known = manifest.normalization, _evaluators_dataset(manifest)
     mean, std = DDRANKING_CONSTANTS[known] if known is not None else (constants.mean, constants.std)
     views = torch.stack([view for _, view in _each_view(distilled, order)])
+    for number, (view, label) in enumerate(zip(views, labels.tolist(), strict=True)):
+        path = folder / "images" / f"{label:05d}" / f"{number:08d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_picture(to_8_bits(view), "png"))
     views = (views - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     torch.save(views, folder / "images.pt")
     torch.save(labels, folder / "hard_labels.pt")
@@ -168,7 +173,7 @@ def write_ddranking(distilled: DistilledSet, folder: Path) -> list[str]:
         )
     notes = [
         f"give the evaluator ipc={int(counts[0])}, the views per class",
-        f"images are normalised by {mean}, {std}, {whose}",
+        f"images.pt is normalised by {mean}, {std}, {whose}",
     ]
     if distilled.soft_labels is not None:
         torch.save(distilled.soft_labels[order].float(), folder / "labels.pt")

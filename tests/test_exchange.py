@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torchvision
 from conftest import TOY_CLASSES, TOY_COLOURS, TOY_SIZE, build_toy_teacher, write_toy_npz
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -855,6 +856,10 @@ def test_ranking_tensors_are_normalised_as_the_evaluator_normalises_and_stand_cl
     labels = torch.load(tmp_path / "out" / "hard_labels.pt", weights_only=True)
     assert labels.tolist() == [label for label in range(4) for _ in range(3)]
     assert torch.equal(torch.load(tmp_path / "out" / "labels.pt", weights_only=True), plain.soft_labels[order].float())
+    folder = torchvision.datasets.ImageFolder(tmp_path / "out" / "images")  # as its evaluators read a folder
+    assert [label for _, label in folder] == labels.tolist()
+    pixels = np.stack([np.asarray(picture) for picture, _ in folder])
+    assert np.array_equal(pixels, plain.images[order].permute(0, 2, 3, 1).numpy())
     uneven = plain.with_labels(None)
     uneven = replace(uneven, images=plain.images[1:], labels=plain.labels[1:], slots=plain.slots[1:])
     for layout, message in (("ddranking", "classes have 2 to 3 views"), ("infer", "not every class has one image in")):

@@ -188,7 +188,7 @@ def test_labels_made_block_by_block_are_those_made_at_once_and_an_interrupted_bl
     assert stops == made.view_count // 8 == 3
     assert formed == list(range(made.view_count))
     names = sorted(path.name for path in (tmp_path / "run" / "units").iterdir())
-    assert names == ["labels-0.safetensors", "labels-16.safetensors", "labels-8.safetensors"]
+    assert names == ["labels-0-8.safetensors", "labels-16-24.safetensors", "labels-8-16.safetensors"]
 
 
 def test_larger_images_pass_fewer_at_a_time() -> None:
