@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # others reserve more memory than a child may have
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import conftest
@@ -40,7 +41,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 from campaign import commit
-from nursery import fork  # first of all, since it sets what arrow takes its memory from
+from nursery import fork
 from PIL import Image
 
 from stillroom.data import DataConfig, load_real

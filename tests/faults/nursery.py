@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # others reserve more memory than a child may have
 
 import conftest
 
