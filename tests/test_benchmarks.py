@@ -69,7 +69,7 @@ def test_pools_of_labels_are_measured_on_random_images_and_on_a_finished_set_by_
 
     script = str(BENCHMARKS / "label_pools.py")
     run(sys.executable, script, *tiny, "--ipc", "2", "--networks", "convnet_thin", "--out", "random.json")
-    words = ["--teachers.networks", "shufflenet_v2_thin", "--teachers.epochs", "1", "--ipc", "2"]
+    words = ["--teachers.networks", "convnet_thin", "--teachers.epochs", "2", "--ipc", "2"]
     run(sys.executable, "-m", "stillroom.cli", "distill", "digits", "--method", "random", *words, "--out", "made")
     run(sys.executable, script, "made", *tiny, "--out", "own.json")
     for name in ("random", "own"):
