@@ -43,7 +43,7 @@ from stillroom.estimate import estimate_comparison, estimate_recipe
 from stillroom.exchange import ImportConfig, import_set
 from stillroom.export import ExportLayout, export_set
 from stillroom.figure_command import figure_command
-from stillroom.files import read_json, require_free_folder, write_json
+from stillroom.files import read_sealed, require_free_folder, write_json
 from stillroom.grid import Comparison, Grid, comparison_of
 from stillroom.labels import PoolConfig, attach_labels
 from stillroom.manifest import LabelKind
@@ -556,7 +556,7 @@ def _as_its_run(path: Path) -> EvaluateCommand:
     data = DataConfig(source=facts.name, image_size=manifest.image_size[0], resize=facts.resize)
     default = EvaluateCommand(path, data, teachers=TeachersConfig(networks) if networks else TeachersConfig())
     if folder.resolve().name == "distilled" and config.exists():
-        settings = read_json(config).get("settings", {})
+        settings = read_sealed(config).get("settings", {})
         stages = ("data", "student", "teachers", "pool")
         had = {k: read_plain(settings[k], getattr(default, k), str(config), notify) for k in stages if k in settings}
         default = dataclasses.replace(default, **had)

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from stillroom import __version__
 from stillroom.compute import ComputeConfig
 from stillroom.errors import StillroomError, TimeLimitReached
-from stillroom.files import read_json, remove_if_there, write_atomic
+from stillroom.files import read_json, read_sealed, remove_if_there, write_atomic
 from stillroom.run import Run, open_bars
 from stillroom.workers import LOOK_SECONDS, try_byte
 
@@ -67,7 +67,7 @@ def spread(
     where the time limit is near or a signal came: all workers have saved their work then.
     """
     directory = directory.resolve()
-    stored = read_json(directory / "config.json")["plan"] if (directory / "config.json").exists() else {}
+    stored = read_sealed(directory / "config.json", ("plan",))["plan"] if (directory / "config.json").exists() else {}
     with _connected(address, workers) as ray, Run(time_limit=time_limit) as run, run.stop_on_signals():
         nodes = [node for node in ray.nodes() if node["Alive"]]
         compute, placement = place(compute, stored, [node["Resources"] for node in nodes], workers)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,15 @@ def _not_whole(path: Path | str, error: Exception) -> StillroomError:
     )
 
 
+def read_sealed(path: Path | str, needed: Sequence[str] = ()) -> dict[str, Any]:
+    """The dictionary in a JSON file that `seal` was given; see `break_seal`. Raises StillroomError without `needed`."""
+    sealed = read_json(path)
+    if not isinstance(sealed, dict) or (missing := [key for key in needed if key not in sealed]):
+        lacks = f"lacks {', '.join(missing)}" if isinstance(sealed, dict) else "is no JSON object"
+        raise StillroomError(f"{path} {lacks}. It was edited or damaged: restore it, or begin anew elsewhere.")
+    return break_seal(sealed, {}, path)
+
+
 def seal(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path | str) -> dict[str, Any]:
     """`meta` with the SHA-256 of itself and of `tensors`, for `break_seal` to check when both come back from `path`.
 
@@ -209,10 +218,16 @@ def seal(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path | st
 def break_seal(sealed: dict[str, Any], tensors: Mapping[str, Tensor], path: Path | str) -> dict[str, Any]:
     """What `seal` was given. Raises StillroomError that names `path` where meta or tensors are not what they were.
 
-    A file that is older than seals has none, and passes.
+    A file that is older than seals has none, and passes; but not one that lost all its meta, or its seal's name.
     """
     meta = {key: value for key, value in sealed.items() if key != SEAL_KEY}
-    if SEAL_KEY in sealed and sealed[SEAL_KEY] != _seal_of(meta, tensors):
+    if SEAL_KEY in sealed:
+        damaged = sealed[SEAL_KEY] != _seal_of(meta, tensors)
+    else:
+        damaged = not sealed or any(
+            value == _seal_of({k: v for k, v in sealed.items() if k != key}, tensors) for key, value in sealed.items()
+        )
+    if damaged:
         raise StillroomError(
             f"{path} was damaged or edited after it was written: its SHA-256 does not fit. Delete it: the same command "
             "makes it again."

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor
 
 from stillroom.errors import StillroomError, TimeLimitReached
-from stillroom.files import break_seal, load_tensors, read_json, save_tensors, seal, write_json
+from stillroom.files import break_seal, load_tensors, read_sealed, save_tensors, seal, write_json
 from stillroom.workers import LOOK_SECONDS, Worker
 
 if TYPE_CHECKING:
@@ -153,14 +153,15 @@ class Run:
         path = directory / "config.json"
         settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be read back
         begun = any(entry for part in ("units", "checkpoints") for entry in (directory / part).iterdir())
-        if not path.exists() or (not begun and read_json(path)["settings"] != settings):
-            write_json(path, {"settings": settings, "plan": plan})
+        needed = ("settings", "plan")
+        if not path.exists() or (not begun and read_sealed(path, needed)["settings"] != settings):
+            write_json(path, seal({"settings": settings, "plan": plan}, {}, path))
             self.event("opened")
             return plan
-        stored = read_json(path)
+        stored = read_sealed(path, needed)
         if new := {k: v for k, v in settings.items() if k in may_be_new and k not in stored["settings"]}:
             stored["settings"] |= new
-            write_json(path, stored)
+            write_json(path, seal(stored, {}, path))
         differences = list(_differences(stored["settings"], settings))
         if differences:
             lines = "\n".join(f"  {name}: {old!r} there, {new!r} now" for name, old, new in differences)
@@ -309,7 +310,7 @@ class Run:
             tensors, result = load_tensors(path)
             return break_seal(result, tensors, path), tensors
         path = self._unit(name, ".json")
-        return break_seal(read_json(path), {}, path), {}
+        return read_sealed(path), {}
 
     def checkpoint(self, name: str, made_by: str = "") -> Checkpoint:
         """Return the place where the unfinished unit's state is kept.
@@ -496,16 +497,17 @@ def _lock(directory: Path, shared: bool) -> Any:
 def _seconds_within(events: Path) -> float:
     """Return the seconds that one file of events tells of, from each opening to the last event before the next."""
     spent = begun = last = 0.0
-    for line in events.read_text().splitlines():
+    for line in events.read_text(errors="replace").splitlines():
         try:
             event = json.loads(line)
-        except json.JSONDecodeError:  # left half written by a killed process
+            kind, now = event["event"], float(event["time"])
+        except (ValueError, TypeError, KeyError, RecursionError):  # left half written by a killed process, or damaged
             continue
-        if event["event"] == "opened":
-            spent += last - begun
-            begun = event["time"]
-        last = event["time"]
-    return spent + last - begun
+        if kind == "opened":
+            spent += max(last - begun, 0.0)  # clocks may be set back
+            begun = now
+        last = now
+    return spent + max(last - begun, 0.0)
 
 
 def _end_last_line(events: Path) -> None:

@@ -21,7 +21,7 @@ from stillroom.compute import ComputeConfig, Plan, resolve_plan
 from stillroom.data import DataConfig, RealData, load_real
 from stillroom.distilled import DistilledSet, load_distilled
 from stillroom.errors import StillroomError, check_choices, suggest
-from stillroom.files import read_json, sha256_bytes
+from stillroom.files import read_json, read_sealed, sha256_bytes
 from stillroom.grid import slug
 from stillroom.images import Images
 from stillroom.labels import attach_labels
@@ -102,8 +102,9 @@ class Study:
             raise StillroomError("runs is empty; give the directory of a run or of a comparison, such as runs/demo")
         self.runs, self.config, self.keep = tuple(runs), config, keep
         self.made = tuple(made for run in runs for made in find_sets(run))
-        self.settings: dict[str, Any] = read_json(runs[0] / "config.json")["settings"]
-        first, *others = (read_json(run / "config.json")["settings"].get("data_fingerprint") for run in runs)
+        settings = [read_sealed(run / "config.json", ("settings",))["settings"] for run in runs]
+        self.settings: dict[str, Any] = settings[0]
+        first, *others = (own.get("data_fingerprint") for own in settings)
         if set(others) - {first}:
             raise StillroomError(
                 f"{', '.join(map(str, runs))} are runs of different data; make their figures one by one"

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from stillroom.compute import Plan
 from stillroom.data import RealData
 from stillroom.errors import StillroomError, check_choices
-from stillroom.files import hash_tensors, load_tensors, read_json, save_tensors, write_json
+from stillroom.files import hash_tensors, load_tensors, read_sealed, save_tensors, seal, write_json
 from stillroom.networks import build_network, load_pretrained_imagenet
 from stillroom.run import Checkpoint, Run
 from stillroom.train import (
@@ -210,7 +210,7 @@ def find_weights(name: str, weights_hash: str, config: TeachersConfig) -> Path:
     """Return the cache entry of these weights of network `name`; raises StillroomError where there is none."""
     folder = cache_root(config.cache) / "teachers"
     for done in sorted(folder.glob(f"{name.replace(':', '-')}-*/teacher.json")):
-        if read_json(done)["hash"] == weights_hash:
+        if read_sealed(done, ("hash",))["hash"] == weights_hash:
             return done.parent
     raise StillroomError(
         f"the teacher {name!r} that the set was made with (weights {weights_hash[:12]}) is not in the cache {folder}; "
@@ -234,14 +234,18 @@ def _train_or_load(name: str, entry: Path, real: RealData, config: TeachersConfi
         accuracy = {k: history[-1][k] for k in ("top1", "top5")}
         save_tensors(entry / "weights.safetensors", _weights(model), {})
         key = teacher_key(name, real, config, plan)
-        facts = {"accuracy": accuracy, "hash": hash_weights(model), "key": key, "history": history}
-        write_json(entry / "teacher.json", facts)
+        made = {"accuracy": accuracy, "hash": hash_weights(model), "key": key, "history": history}
+        write_json(entry / "teacher.json", seal(made, {}, entry / "teacher.json"))
         (entry / "checkpoint.safetensors").unlink(missing_ok=True)
         run.check_time()
-    facts = read_json(entry / "teacher.json")
+    facts = read_sealed(entry / "teacher.json", ("accuracy", "hash"))
     tensors, _ = load_tensors(entry / "weights.safetensors")
-    model.load_state_dict(tensors)
-    if hash_weights(model) != facts["hash"]:
+    try:
+        model.load_state_dict(tensors)
+        fits = hash_weights(model) == facts["hash"]
+    except RuntimeError:  # other names or shapes
+        fits = False
+    if not fits:
         raise StillroomError(
             f"cached teacher {str(entry)!r} is damaged (its weights' hash differs); delete that folder"
         )
@@ -366,7 +370,12 @@ def list_cache(cache: str | None = None) -> list[tuple[Path, int, str]]:
             with contextlib.suppress(FileNotFoundError):  # another process replaces its checkpoint meanwhile
                 size += file.stat().st_size
         done = entry / "teacher.json"
-        text = f"top-1 {read_json(done)['accuracy']['top1']:.1%}" if done.exists() else "unfinished"
+        text = "unfinished"
+        if done.exists():
+            try:
+                text = f"top-1 {read_sealed(done, ('accuracy',))['accuracy']['top1']:.1%}"
+            except StillroomError:
+                text = "damaged"
         rows.append((entry, size, text))
     return rows
 

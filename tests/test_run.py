@@ -259,3 +259,53 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         Run(tmp_path / "file")
     with pytest.raises(StillroomError, match=r"cannot be written .*give another with --out"):
         Run(tmp_path / "file" / "below")
+
+
+def test_a_damaged_configuration_is_refused_and_not_computed_by(tmp_path: Path) -> None:
+    plan = {"seed_scheme": 1, "device": "cpu", "compile": "off", "chunk": 3} | dict.fromkeys(
+        ("processor", "torch_version")
+    )
+    with Run(tmp_path) as run:
+        run.bind_config({"steps": 5}, plan)
+        assert run.bind_config({"steps": 5}, plan) == plan
+        path = tmp_path / "config.json"
+        whole = path.read_text()
+        for old, new, said in (
+            ('"chunk": 3', '"chunk": 2', "SHA-256"),
+            ('"plan"', '"plbn"', "lacks plan"),
+            ("{", "[{", "not valid JSON"),
+        ):
+            path.write_text(whole.replace(old, new, 1))
+            with pytest.raises(StillroomError, match=said):
+                run.bind_config({"steps": 5}, plan)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(b'"sha256"', b'"sha25v"'), (b"sha256\\", b"sha25v\\"), (b'"meta"', b'"mfta"')]
+)
+def test_a_unit_whose_seal_has_lost_its_name_is_refused(tmp_path: Path, old: bytes, new: bytes) -> None:
+    with Run(tmp_path) as run:
+        run.finish_unit("small", {"loss": 0.5})
+        run.finish_unit("large", {"loss": 0.5}, {"x": torch.ones(2)})
+        for path in (tmp_path / "units").iterdir():
+            path.write_bytes(path.read_bytes().replace(old, new))
+        with pytest.raises(StillroomError, match="damaged or edited"):
+            run.load_unit("large" if b"meta" in old or b"\\" in old else "small")
+
+
+def test_damaged_events_and_a_clock_set_back_do_not_stop_a_run(tmp_path: Path) -> None:
+    lines = [
+        '{"time": 9.0, "event": "opened"}',
+        '{"time": 4.0, "event": "unit_finished"}',
+        '{"event": "opened"}',
+        "[]",
+        "\udcff",
+    ]
+    lines += [
+        '{"time": 5.0, "event": "opened"}',
+        '{"time": "late", "event": "stopped"}',
+        '{"time": 7.0, "event": "stopped"}',
+    ]
+    with Run(tmp_path) as run:
+        (tmp_path / "events.jsonl").write_bytes("\n".join(lines).encode(errors="surrogateescape"))
+        assert run.seconds_spent() == 2.0

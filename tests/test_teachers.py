@@ -459,3 +459,12 @@ def test_the_hash_of_weights_sees_names_shapes_types_and_every_buffer() -> None:
     hashes.add(hash_weights(ToyNet(0).double()))
     assert len(hashes) == 2 + len(ToyNet(0).state_dict())
     assert hash_weights(ToyNet(0).to(memory_format=torch.channels_last)) == hash_weights(ToyNet(0))
+
+
+def test_a_cached_teacher_whose_facts_were_damaged_is_refused(toy: RealData, plan: Plan, toynet: str) -> None:
+    load_teachers(toy, QUICK, plan, Run())
+    ((entry, _, _),) = list_cache()
+    path = entry / "teacher.json"
+    path.write_text(path.read_text().replace('"top1"', '"top2"'))
+    with pytest.raises(StillroomError, match="damaged or edited"):
+        load_teachers(toy, QUICK, plan, Run())

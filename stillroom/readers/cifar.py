@@ -73,7 +73,9 @@ def read_cifar_pickles(folder: Path, dataset: str) -> Source:
                 if len(labels) != len(pixels):
                     raise ValueError(f"{len(pixels)} images but {len(labels)} labels")
             except Exception as error:
-                raise StillroomError(f"{path} is no batch of {dataset}: {error!r}. Fetch the dataset again.") from error
+                raise StillroomError(
+                    f"{path} is no batch of {dataset}: {error!r:.200}. Fetch the dataset again."
+                ) from error
             parts.append((pixels, labels))
         pixels, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
         return Split(ArrayImages(pixels.transpose(0, 2, 3, 1), f"{folder}/{files[0]}"), labels)
