@@ -397,13 +397,14 @@ def measure_duplication(distilled: DistilledSet, work: Work) -> float | None:
     unit = f"duplication-{distilled.fingerprint[:12]}-{teacher.hash[:12]}"
 
     def make() -> tuple[dict[str, Any], None]:
-        return {"duplication": feature_duplication(distilled, teacher, work.plan)}, None
+        try:
+            value = feature_duplication(distilled, teacher, work.plan)
+        except StillroomError as error:  # not that of a finished unit which is damaged: that is an error
+            work.run.notice(f"feature duplication is not measured: {error}")
+            value = None
+        return {"duplication": value}, None
 
-    try:
-        [(made, _)] = work.run.carry_out([Task(unit, make)])
-    except StillroomError as error:
-        work.run.notice(f"feature duplication is not measured: {error}")
-        return None
+    [(made, _)] = work.run.carry_out([Task(unit, make)])
     return made["duplication"]  # type: ignore[no-any-return]
 
 
