@@ -292,15 +292,19 @@ def make_set(entry: Entry, work: Work) -> tuple[DistilledSet, float | None]:
     """
     assert work.run.directory is not None
     if entry.folder is not None:
-        distilled = load_distilled(entry.folder)
-        kept = distilled.manifest.label_kind in ("hard", "learned")
-        return distilled if kept else distilled.with_labels(None), None
+        return _unlabelled(load_distilled(entry.folder)), None
     recipe = replace(entry.recipe, labels=("hard",))  # others are units of the comparison
     work.sets.add(set_name(entry))
     with Run(work.run.directory / "sets" / set_name(entry), parent=work.run) as own:
         settings = bound_settings(asdict(recipe) | {"labels": (), "labelled_by": None}, work.real)
         plan = type(work.plan)(**own.bind_config(settings, work.plan.as_dict()))
-        return distill_recipe(recipe, own, work.real, work.teachers, plan), own.seconds_spent()
+        return _unlabelled(distill_recipe(recipe, own, work.real, work.teachers, plan)), own.seconds_spent()
+
+
+def _unlabelled(distilled: DistilledSet) -> DistilledSet:
+    """Return a set without labels that others may have made: who labels is the comparison's to say."""
+    kept = distilled.manifest.label_kind in ("hard", "learned")
+    return distilled if kept else distilled.with_labels(None)
 
 
 def compare_cell(entry: Entry, saved: DistilledSet, labels: LabelKind, cells: list[Cell], work: Work) -> dict[str, Any]:
