@@ -243,6 +243,13 @@ _LAPTOP = Recipe(
     labels=("static", "dynamic"),
     student=protocol_student("laptop", 32),
 )
+_LAPTOP_TINY = replace(
+    _LAPTOP,
+    teachers=replace(_TWO_THIN, epochs=20),
+    infer=replace(_LAPTOP.infer, steps=60),
+    # Twice CIFAR-100's classes and four times its pixels: as many steps of students come in half the epochs.
+    student=replace(_LAPTOP.student, train=replace(_LAPTOP.student.train, epochs=25), dynamic_epochs=12),
+)
 _SMALL = replace(_LAPTOP, teachers=replace(_TWO_THIN, least_steps=400))
 _DIGITS = replace(
     _LAPTOP,
@@ -307,6 +314,7 @@ RECIPES: dict[str, Recipe] = {                                            # it s
     "gvbsm-imagenet-ipc10":       _on(_GVBSM_IMAGENET, "imagenet",      10),     # - | 31.4
     "gvbsm-imagenet-ipc50":       _on(_GVBSM_IMAGENET, "imagenet",      50),     # - | 51.8
     "laptop-cifar100-ipc10":      _on(_LAPTOP,   "cifar100",      10),
+    "laptop-tiny-imagenet-ipc10": _on(_LAPTOP_TINY, "tiny-imagenet", 10),
     "small":                      _on(_SMALL,    "digits",        10),
     "digits":                     _on(_DIGITS,   "digits",        10),
 }
