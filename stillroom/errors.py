@@ -12,6 +12,10 @@ class StillroomError(ValueError):
     """Bad input or a state that the user can mend; the command line prints its message alone, without a traceback."""
 
 
+class DamagedFileError(StillroomError):
+    """A file that is not as it was written: cut short, edited, or spoilt on the way."""
+
+
 class UsageError(StillroomError):
     """Words of the command line, or settings in a file, that cannot be understood or are out of range."""
 

@@ -704,13 +704,15 @@ def test_a_row_stands_where_random_images_cannot_be_read_back(toy_recipe: Recipe
     assert lost_controls(row) == set(render.CONTROLS)
 
 
-def test_a_damaged_measure_of_duplication_is_an_error_and_not_an_empty_cell(toy_recipe: Recipe, tmp_path: Path) -> None:
+def test_a_damaged_measure_of_duplication_is_made_anew_and_leaves_no_empty_cell(
+    toy_recipe: Recipe, tmp_path: Path
+) -> None:
     recipe = replace(toy_recipe, labels=("hard",), seeds=(0,))
-    run_grid(recipe, tmp_path / "run", methods=("infer",))
-    (unit,) = (tmp_path / "run/units").glob("duplication-*")
+    (before,) = run_grid(recipe, tmp_path / "run", methods=("infer",))["rows"]
+    (unit,) = (tmp_path / "run/units").glob("duplication-*.json")
     unit.write_bytes(unit.read_bytes().replace(b"0.", b"1.", 1))
     (row,) = run_grid(recipe, tmp_path / "run", methods=("infer",))["rows"]
-    assert f"{unit} was damaged or edited" in row["error"]
+    assert row["duplication"] == before["duplication"] is not None
 
 
 def test_a_row_stands_where_a_control_cannot_be_labelled(
