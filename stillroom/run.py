@@ -85,6 +85,7 @@ class Run:
         self.parent = parent
         self.worker: Worker | None = None
         self._others_first = False
+        self.made = 0  # units that this process made, its own and those of runs within it
         self.stop_at = None if time_limit is None else time.monotonic() + time_limit - min(15.0, 0.05 * time_limit)
         self.show = show and sys.stderr.isatty()
         self._stop_signal: str | None = None
@@ -167,8 +168,9 @@ class Run:
             stored = read_sealed(path, needed)
         except DamagedFileError as error:  # others are made anew when they are deleted
             raise StillroomError(
-                f"{str(path)!r} was damaged or edited after it was written, so nothing says of which settings the units "
-                "of this run are; restore it, or give another directory with --out (trained teachers are in the cache)"
+                f"{str(path)!r} was damaged or edited after it was written, so nothing says of which settings the "
+                "units of this run are; restore it, or give another directory with --out (trained teachers are in the "
+                "cache)"
             ) from error
         if new := {k: v for k, v in settings.items() if k in may_be_new and k not in stored["settings"]}:
             stored["settings"] |= new
@@ -288,6 +290,7 @@ class Run:
     def _make(self, task: Task) -> Made:
         result, tensors = task.make()
         self.finish_unit(task.name, result, tensors)
+        self.shared.made += 1
         return result, tensors or {}
 
     def _wait_for_others(self) -> None:

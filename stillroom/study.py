@@ -301,9 +301,11 @@ def find_sets(run: Path) -> list[Made]:
     if (run / "sets").is_dir():
         results = run / "comparison.json"
         rows = read_json(results)["rows"] if results.exists() else []
-        called = {f"{slug(row['method'])}-ipc{row['matched_ipc']}": row["method"] for row in rows}
+        called: dict[str, str] = {}
+        for row in rows:  # one set may have several rows; those of older versions do not say which it is
+            called.setdefault(row.get("set") or f"{slug(row['method'])}-ipc{row['matched_ipc']}", row["method"])
         folders = {path.name: path for path in (run / "sets").iterdir() if (path / "distilled/manifest.json").exists()}
-        for name in dict.fromkeys([*(name for name in called if name in folders), *sorted(folders)]):
+        for name in [name for name in called if name in folders] or sorted(folders):  # what the table is of
             method, _, ipc = name.rpartition("-ipc")
             made.append(Made(called.get(name, method), int(ipc), folders[name]))
     elif (run / "distilled/manifest.json").exists():

@@ -300,7 +300,8 @@ def test_a_damaged_unit_is_put_aside_and_made_anew(tmp_path: Path, capsys: pytes
         for path in list((tmp_path / "units").iterdir()):
             path.write_bytes(path.read_bytes()[:-5])
         again = run.carry_out(tasks)
-        assert first[0] == again[0] and torch.equal(first[1][1]["x"], again[1][1]["x"])
+        assert first[0] == again[0]
+        assert torch.equal(first[1][1]["x"], again[1][1]["x"])
         assert capsys.readouterr().err.count("made anew") == 2
         run.carry_out(tasks)
     assert {path.name for path in (tmp_path / "units").iterdir()} == {
