@@ -23,6 +23,7 @@ from stillroom.data import FACTS, RealData, load_real
 from stillroom.distilled import DistilledSet, count_bytes, load_distilled
 from stillroom.errors import StillroomError
 from stillroom.files import sha256_bytes, write_json
+from stillroom.images import name_some
 from stillroom.labels import PoolConfig, attach_labels
 from stillroom.logits import count_logit_bytes
 from stillroom.manifest import library_versions
@@ -75,7 +76,8 @@ def open_stages(
     real = load_real(recipe.data)
     plan = resolve_plan(recipe.compute, run.notice, (real.classes, real.image_size))
     if real.skipped_images:
-        run.notice(f"{real.skipped_images} images of {real.name!r} could not be read and were left out")
+        count, which = len(real.skipped_images), name_some(real.skipped_images)
+        run.notice(f"{count} images of {real.name!r} could not be read and were left out: {which}")
     check_recipe(recipe, real) if check is None else check(real)
     # Only now: a run directory must not be bound to settings that never worked.
     # Neither how it is computed nor how many students there are makes it another run.

@@ -111,7 +111,7 @@ def describe_set(
         ipc=ipc,
         teachers=tuple(TeacherFacts(t.name, 100 * t.accuracy["top1"], t.hash) for t in teachers),
         seeds={"distill": seed},
-        extra={"skipped_images": real.skipped_images} if real.skipped_images else {},
+        extra={"skipped_images": len(real.skipped_images)} if real.skipped_images else {},
         views=views,
     )
 
