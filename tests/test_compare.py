@@ -304,6 +304,17 @@ def test_a_dry_run_counts_every_training_once_and_writes_nothing(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_dry_run_tells_of_what_is_there_already(
+    toy_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", "toy", "--grid.methods", "random", "--labels", "hard", "--seeds", "0", "--out"]
+    assert cli.main([*words, str(tmp_path / "run")]) == cli.OK
+    for out, told in (("other", False), ("run", True)):
+        capsys.readouterr()
+        assert cli.main([*words, str(tmp_path / out), "--dry-run"]) == cli.OK
+        assert (f"{out} holds 2 finished units, 1 of them students" in capsys.readouterr().out) == told
+
+
 def test_a_budget_too_small_for_a_methods_bytes_is_refused(toy_recipe: Recipe) -> None:
     with pytest.raises(StillroomError, match=r"infer with static labels has no set of at most [\d,]+ bytes"):
         grid.match_bytes(replace(toy_recipe, ipc=1), load_real(toy_recipe.data), "static")
