@@ -924,6 +924,21 @@ def test_a_teachers_statistics_are_gathered_once_for_all_budgets(toy_recipe: Rec
     assert not list((tmp_path / "run/sets").glob("*/units/statistics-*"))
 
 
+def test_images_are_ranked_once_for_all_budgets(toy_recipe: Recipe, tmp_path: Path) -> None:
+    """And the first of a ranking are what the smaller budget alone would take."""
+    methods = ("herding", "k_center", "rded")
+    recipe = replace(smoke(toy_recipe), teachers=toy_recipe.teachers, student=toy_recipe.student, labels=("hard",))
+    run_grid(recipe, tmp_path / "run", methods=methods, ipc=(3, 2))
+    for method in methods:
+        assert len(list((tmp_path / "run/units").glob(f"{method}-*"))) == 1
+        with Run(tmp_path / method) as run:
+            pipeline.make_recipe_set(replace(recipe, method=method, ipc=2), run)
+        alone, shared = (
+            load_distilled(folder / "distilled") for folder in (tmp_path / method, tmp_path / f"run/sets/{method}-ipc2")
+        )
+        assert torch.equal(alone.images, shared.images)
+
+
 def test_soft_labels_stand_beside_the_hard_ones_of_the_same_set_in_whatever_order(
     toy_recipe: Recipe, tmp_path: Path
 ) -> None:

@@ -116,7 +116,7 @@ def test_an_axis_of_a_narrow_range_has_two_ticks() -> None:
 
 def test_letters_that_no_font_has_are_told_of_once() -> None:
     arrays = read_csv(GAIN.replace("ipc 4", "ipc \U0001e900\U0001e901"), gallery.results.Gain)  # Adlam
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning, match="boxes") as said:
         gallery.render("gain", arrays, "png")
     assert ["drawn as boxes" in str(one.message) for one in said] == [True]
 
