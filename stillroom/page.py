@@ -184,18 +184,18 @@ def curve(title: str, lines: Sequence[Sequence[tuple[float, float]]], said: str,
     drawn = [
         element("polyline", points=" ".join(place(*point) for point in line), class_=f"c{colour}") for line in lines
     ]
-    plot = element("svg", *drawn, x="13%", y="4%", width="85%", height="80%", viewBox="0 0 100 100",
+    plot = element("svg", *drawn, x="22%", y="4%", width="76%", height="80%", viewBox="0 0 100 100",
                    preserveAspectRatio="none")  # fmt: skip
     texts = [
-        element("text", f"{max(ys):.3g}", x="11%", y="9%", text_anchor="end"),
-        element("text", f"{min(ys):.3g}", x="11%", y="85%", text_anchor="end"),
-        element("text", f"{left:g}", x="13%", y="97%"),
+        element("text", f"{max(ys):.2g}", x="20%", y="9%", text_anchor="end"),
+        element("text", f"{min(ys):.2g}", x="20%", y="85%", text_anchor="end"),
+        element("text", f"{left:g}", x="22%", y="97%"),
         element("text", f"{right:g}", x="98%", y="97%", text_anchor="end"),
-        element("text", "log" if logarithmic else "", x="11%", y="47%", text_anchor="end"),
+        element("text", "log" if logarithmic else "", x="20%", y="47%", text_anchor="end"),
     ]
     axes = [
-        element("line", x1="13%", x2="13%", y1="4%", y2="84%"),
-        element("line", x1="13%", x2="98%", y1="84%", y2="84%"),
+        element("line", x1="22%", x2="22%", y1="4%", y2="84%"),
+        element("line", x1="22%", x2="98%", y1="84%", y2="84%"),
     ]
     return element(
         "figure",

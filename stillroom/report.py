@@ -306,7 +306,7 @@ def _results(run: Opened, scale: tuple[float, float]) -> list[Html]:
     for claim in claims if run.kind == "run" else ():
         paper = "" if claim.paper is None else f" The paper reports {claim.paper:.1f} %."
         reached = f"{claim.method} reaches {claim.reached} in {claim.steps:,} steps.{paper} Against:"
-        parts += [element("h3", f"{claim.labels} labels"), element("p", reached), _verdicts(claim)]
+        parts += [element("h3", f"Beside its controls, {claim.labels} labels"), element("p", reached), _verdicts(claim)]
     with_controls = [claim for claim in claims if run.kind == "comparison" and claim.against]
     if with_controls:
         lines = []
@@ -571,7 +571,7 @@ def _overview(runs: Sequence[Opened], scale: tuple[float, float]) -> Html:
                 which = "no control" if strongest is None else f"{strongest.verdict}: {strongest.control}"
                 first = [str(run.directory), claim.method, f"{claim.ipc}", claim.labels, claim.student]
                 rows.append([*first, f"{claim.steps:,}", spell_spread(claim.mean, claim.deviation), behind, which])
-    header = ["run", "method", "ipc", "labels", "student", "steps", "top-1", "vs strongest control", "which is"]
+    header = ["run", "method", "ipc", "labels", "student", "steps", "top-1", "vs strongest control", "verdict"]
     caption = (
         "Every result beside its strongest control. Runs may differ in data, students and steps: only what is of one "
         "run is matched."
