@@ -10,6 +10,7 @@
     stillroom export DIR OUT --to ...          a set's views, for other people's scripts
     stillroom figure NAME RUN ...              a figure of finished runs, and its data; without words: which there are
     stillroom report RUN ...                   one page of finished runs, to be opened from disk
+    stillroom watch RUN                        what a run is at, while it goes on
     stillroom recipes | clean                  what there is to run | what the teacher cache holds
 
 Trained teachers are kept in a cache: --teachers.cache DIR (clean: --cache DIR), or else the environment variable
@@ -83,6 +84,7 @@ from stillroom.teachers import (
     load_teachers,
     untrained_teachers,
 )
+from stillroom.watch import watch_command
 from stillroom.workers import name_worker
 
 OK, FAILED, USAGE, STOPPED = 0, 1, 2, 3
@@ -443,6 +445,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "export": export_command,
     "figure": figure_command,
     "report": report_command,
+    "watch": watch_command,
     "recipes": recipes_command,
     "clean": clean_command,
 }

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 POINTS = 80  # of a curve, at most
+END_OF_TIME = 2.5e11  # seconds: the year 9892, beyond which no calendar of Python's goes
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,19 @@ def read_events(directory: Path) -> list[dict[str, Any]]:
 
 
 def read_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the events of one file, each with its `event` and its `time`; lines that are no events are left out."""
-    for line in file.read_bytes().splitlines():
+    """Yield the events of one file."""
+    return parse_events(file.read_bytes())
+
+
+def parse_events(content: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the events in some lines of a file, each with its `event` and its `time`; other lines are left out."""
+    for line in content.splitlines():
         try:
             event = json.loads(line)
         except (ValueError, RecursionError):  # left half written by a killed process, or damaged
             continue
-        if isinstance(event, dict) and isinstance(event.get("event"), str) and _is_number(event.get("time")):
+        known = isinstance(event, dict) and isinstance(event.get("event"), str) and _is_number(event.get("time"))
+        if known and 0 <= event["time"] < END_OF_TIME:
             yield event
 
 

@@ -45,7 +45,7 @@ LAYERS = (
     ("figures.results", "figures.students", "figures.compensators", "page"),
     ("figures", "report"),
     ("gallery",),
-    ("figure_command", "report_command"),
+    ("figure_command", "report_command", "watch"),
     ("cli",),
     ("",),  # stillroom/__init__.py: imports nothing until it is asked
 )
