@@ -151,7 +151,7 @@ def _of_cell(own: dict[str, Any], cells: Sequence[dict[str, Any]], results: dict
 def _of_row(row: dict[str, Any]) -> Claim:
     against, lost = [], []
     for name, difference in (row["differences"] | row.get("failed", {})).items():
-        found = re.fullmatch(r"(.+) \+ (\w+), (equal epochs|equal steps)", name)
+        found = re.fullmatch(r"(.+?) \+ (.+), (equal epochs|equal steps)", name)
         if found is None:
             lost += [name] if name == "controls" else []  # what else may fail is no control
             continue

@@ -73,7 +73,7 @@ class ComputeConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the processor has it
     compile: Literal["auto", "on", "off"] = "auto"  # auto: where the number of steps repays the compilation
-    threads: int | None = None  # CPU threads; None: all cores that this process may use
+    threads: int | None = None  # CPU threads; None: $OMP_NUM_THREADS, or else all cores that this process may use
     pack_slots: int | None = None  # slots of one teacher optimised in one step; None: chosen for device and images
     chunk_images: int | None = None  # of a slot that pass together; 0: all; None: chosen by free memory
 
@@ -294,6 +294,9 @@ def _keep_freed_memory() -> None:
 
 
 def _usable_cores() -> int:
+    """Return the cores that this process may use, or as many as its environment asks for."""
+    if (asked := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() and int(asked) > 0:
+        return int(asked)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -43,7 +43,7 @@ from stillroom.page import (
     strips,
     table,
 )
-from stillroom.render import CONTROLS, caption_of, table_of
+from stillroom.render import FIRST, PARTS, caption_of, failures_of, parts_of
 
 SHEET_BYTES = 150_000  # of a contact sheet on the page; a larger one is shown smaller
 SHEET_SIDE = 400
@@ -198,9 +198,8 @@ def _claim(run: Opened) -> Html:
                     f"and {_percent(budget['stored_ratio'])} of them as stored.{larger}",
                 )
             )
-        for row in (row for row in run.results.get("rows", ()) if "error" in row):
-            text = f"Failed: {row['method']}, {row['labels']} labels, {row['student']}: {row['error']}"
-            parts.append(element("p", text, class_="note"))
+        failures = failures_of(run.results) if run.kind == "comparison" else []
+        parts += [element("p", said, class_="note") for said in failures]
         if _stopped(run):
             parts.append(element("p", "It was stopped before its end: cells may be missing.", class_="note"))
     return join(*parts)
@@ -428,7 +427,7 @@ def _name_training(family: str, trainings: Sequence[Training], run: Opened) -> s
     results = run.results or {}
     for cell in [*results.get("cells", ()), *results.get("rows", ())]:
         if "error" not in cell and sorted(cell["top1"]) == reached and f"-{cell['steps']}-" in family:
-            return f"{cell.get('set', cell.get('method'))}, {cell['labels']} labels, {cell['steps']:,} steps"
+            return f"{cell.get('method', cell.get('set'))}, {cell['labels']} labels, {cell['steps']:,} steps"
     return None if run.kind == "comparison" else family
 
 
@@ -450,20 +449,13 @@ def _tables(run: Opened, prefix: str) -> list[Html]:
         rows = [[str(number), f"{100 * a:.2f}", f"{100 * b:.2f}"] for number, (a, b) in enumerate(both)]
         caption = f"Every student, in %; protocol: {run.results['protocol']}."
         return [table(["student", "top-1", "top-5"], rows, caption, place=f"{prefix}cells")]
-    header, rows = table_of(run.results)
-    costs = header.index("images a class")
-    first = header[:4] if len({row[3] for row in rows}) > 1 else header[:3]
-    parts = []
-    for caption, names, place in (
-        (caption_of(run.results), [*header[4:6], *CONTROLS, *header[6 + len(CONTROLS) : costs]], "cells"),
-        ("What each cell's set holds and costs: bytes raw, seconds as measured.", header[costs:], "costs"),
-    ):
-        kept = [name for name in names if {row[header.index(name)] for row in rows} - {"-", ""}]
-        columns = [header.index(name) for name in (*first, *kept)]
-        if kept:
-            lines = [[row[column] for column in columns] for row in rows]
-            parts.append(table([*first, *kept], lines, caption, place=f"{prefix}{place}"))
-    return parts
+    shown, parts = set(), [element("p", caption_of(run.results), class_="soft")]
+    for number, (title, header, rows) in enumerate(parts_of(run.results)):
+        parts.append(table(header, rows, title, place=f"{prefix}part{number}"))
+        shown |= set(header)
+    columns = [*FIRST, *(column for part in PARTS.values() for column in part)]
+    legend = facts((column.name, column.what) for column in columns if column.name in shown)
+    return [*parts, element("details", element("summary", "What the columns say"), legend)]
 
 
 def _cell_table(cells: Sequence[dict[str, Any]], caption: str, prefix: str) -> Html:

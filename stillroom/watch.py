@@ -209,7 +209,8 @@ def _teachers(settings: dict[str, Any], events: Iterable[dict[str, Any]]) -> str
 
 def _spell_row(event: dict[str, Any]) -> tuple[str, str] | None:
     """Return a result's name and its accuracy; None of an event that lacks either."""
-    name = ", ".join(str(event[key]) for key in ("set", "method", "labels", "student", "budget") if key in event)
+    keys = ("method" if "method" in event else "set", "labels", "student", "budget")
+    name = ", ".join(str(event[key]) for key in keys if key in event)
     name += f", ipc {event['ipc']}" if "ipc" in event else ""
     if "error" in event:
         return _clean(name), _clean(f"failed: {event['error']}")

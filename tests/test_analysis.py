@@ -19,7 +19,7 @@ from stillroom import study as studies
 from stillroom.analysis import divergence, features, predictions, recovery, results
 from stillroom.distilled import dequantize_compensators, load_distilled
 from stillroom.errors import StillroomError
-from stillroom.files import load_tensors, read_json
+from stillroom.files import load_tensors, read_json, write_json
 from stillroom.networks import batchnorm_layers
 from stillroom.run import Run
 from stillroom.study import Place, Study, StudyConfig, TeacherPlace
@@ -316,6 +316,17 @@ def test_a_student_is_the_runs_own_and_trained_once(
     torch.testing.assert_close(again.logits("infer", 1), study.logits("infer", 1))
     with pytest.raises(pytest.fail.Exception, match="trained again"):
         opened(compared, sets=("infer",), labels="hard", ipc=4).student("infer", 0)
+
+
+def test_students_of_figures_have_a_kind_of_label_that_the_run_has(
+    compared: Finished, opened: Opened, tmp_path: Path
+) -> None:
+    assert opened(compared).labels == "static"
+    assert opened(compared, labels="dynamic").labels == "dynamic"
+    shutil.copytree(compared.directory.parent, tmp_path / "hard")
+    path = tmp_path / "hard" / "run" / "comparison.json"
+    write_json(path, {"rows": [row | {"labels": "hard"} for row in read_json(path)["rows"]]})
+    assert opened(replace(compared, directory=path.parent)).labels == "hard"
 
 
 def test_naturals_are_the_set_without_its_compensators(compared: Finished, opened: Opened) -> None:

@@ -110,45 +110,57 @@ def test_it_renders_at_every_width_in_both_themes(
         assert [url for url in opened.asked if not url.startswith(("file:", "data:"))] == []
 
 
-def column(page: Any, number: int) -> list[str]:
-    return list(page.locator("table").first.locator(f"tbody tr > :nth-child({number})").all_text_contents())
+def value(text: str) -> float:
+    return float(text.split()[0])
+
+
+class Sorted:
+    """The table that has a column of this name, and that column."""
+
+    def __init__(self, page: Any, name: str) -> None:
+        self.table = page.locator("figure", has=page.locator("th", has_text=name))
+        self.heads = self.table.locator("thead th")
+        self.number = self.heads.all_text_contents().index(name) + 1
+        self.head = self.heads.nth(self.number - 1)
+
+    @property
+    def texts(self) -> list[str]:
+        return list(self.table.locator(f"tbody tr > :nth-child({self.number})").all_text_contents())
+
+    @property
+    def way(self) -> str:
+        return str(self.head.get_attribute("aria-sort"))
 
 
 def test_a_table_sorts_by_click_and_by_keyboard(browser: Any, reports: dict[str, Path]) -> None:
     with Opened(browser, reports["comparison"]) as opened:
         page = opened.page
-        heads = page.locator("table").first.locator("thead th")
-        names = heads.all_text_contents()
-        number = names.index("top-1") + 1
-        before = column(page, number)
-        head, button = heads.nth(number - 1), heads.nth(number - 1).locator("button")
-
-        def value(text: str) -> float:
-            return float(text.split()[0])
-
-        button.click()
-        assert head.get_attribute("aria-sort") == "descending"
-        assert [value(text) for text in column(page, number)] == sorted(map(value, before), reverse=True)
-        assert page.locator("[role=status]").first.text_content() == "sorted by top-1, descending"
-        button.focus()
+        top1 = Sorted(page, "top-1")
+        before = top1.texts
+        top1.head.locator("button").click()
+        assert top1.way == "descending"
+        assert [value(text) for text in top1.texts] == sorted(map(value, before), reverse=True)
+        assert top1.table.locator("[role=status]").text_content() == "sorted by top-1, descending"
         page.keyboard.press("Enter")
-        assert head.get_attribute("aria-sort") == "ascending"
-        assert [value(text) for text in column(page, number)] == sorted(map(value, before))
-
-        page.keyboard.press("Tab")  # on to the next head: a difference, which some rows do not have
-        assert head.evaluate("head => head.nextSibling.contains(document.activeElement)")
+        assert top1.way == "ascending"
+        assert [value(text) for text in top1.texts] == sorted(map(value, before))
+        page.keyboard.press("Shift+Tab")  # back to the head before it
+        assert top1.head.evaluate("head => head.previousSibling.contains(document.activeElement)")
         page.keyboard.press("Space")
-        assert head.get_attribute("aria-sort") == "none"
-        differences = column(page, number + 1)
-        assert "-" in differences
-        known = [value(text) for text in differences if text != "-"]
-        assert known == sorted(known, reverse=True)
-        assert differences[-1] == "-"
+        assert top1.way == "none"
 
-        heads.first.locator("button").click()
-        assert heads.first.get_attribute("aria-sort") == "ascending"
-        methods = column(page, 1)
-        assert methods == sorted(methods)
+        naturals = Sorted(page, "vs naturals, equal epochs")  # which some rows do not have
+        naturals.head.locator("button").click()
+        known = [value(text) for text in naturals.texts if text != "-"]
+        assert 0 < len(known) < len(naturals.texts)
+        assert known == sorted(known, reverse=True)
+        assert naturals.texts[len(known) :] == ["-"] * (len(naturals.texts) - len(known))
+
+        methods = Sorted(page, "vs naturals, equal epochs")
+        methods.number = 1
+        methods.heads.first.locator("button").click()
+        assert methods.heads.first.get_attribute("aria-sort") == "ascending"
+        assert methods.texts == sorted(methods.texts)
         assert opened.heard == []
 
 

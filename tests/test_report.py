@@ -215,7 +215,7 @@ def test_a_stopped_comparison_and_failed_cells_are_said(compared: Finished, tmp_
     with open(run / "events.jsonl", "a") as events:
         events.write('{"event": "stopped", "time": 9e9, "reason": "time limit"}\n')
     said = write([str(run), "--no-pictures"], tmp_path / "page.html").text()
-    assert "Failed: random, static labels, toynet: out of <memory>" in said
+    assert "failed: random, ipc 3, static, toynet: out of <memory>" in said
     assert "It was stopped before its end" in said
 
 

@@ -143,7 +143,7 @@ def test_a_comparison_shows_its_sets_and_rows(compared: Finished, capsys: pytest
     assert "sets: 6 of 6 begun" in said
     for row in json.loads((compared.directory / "comparison.json").read_text())["rows"]:
         spelt = f"{row['mean']:.1f} ± {row['std']:.1f} %"
-        assert f"{row['method']}, static, toynet, ipc {row['ipc']}: {spelt}" in said
+        assert f"\n{row['method']}, static, toynet, ipc {row['ipc']}: {spelt}" in said
 
 
 def test_a_terminal_is_not_given_what_it_would_obey(run: Path) -> None:
