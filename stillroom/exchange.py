@@ -35,7 +35,7 @@ from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError, check_choices
 from stillroom.images import FORMATS, first_size, load_images
 from stillroom.infer_files import EXPLAINED, NUMBERED_FILE, PUBLISHED_TEACHERS, find_blocks, recover_compensators
-from stillroom.layouts import SHOWN, Layout, find_layout, locate, open_published, refuse_settings_of_others
+from stillroom.layouts import SHOWN, PublishedLayout, find_layout, locate, open_published, refuse_settings_of_others
 from stillroom.manifest import ImageEncoding, Manifest, Normalization
 from stillroom.readers import ArrayImages, FileImages, Source, Split, Stored
 from stillroom.softlabels import SoftLabelKind, read_index, read_logits
@@ -47,7 +47,7 @@ LARGEST_IMAGE_FILE = 2**26  # bytes, far above any image of 224 pixels
 class ImportConfig:
     """How a published set is read."""
 
-    layout: Layout = "auto"
+    layout: PublishedLayout = "auto"
     """auto: parquet files, and what is on the Hub, are hub; .npz files npz; class folders are infer where its blocks of
     views explain them, else folder."""
     class_order: str | None = None

@@ -29,7 +29,7 @@ from stillroom.manifest import read_manifest
 from stillroom.networks import build_network
 from stillroom.run import Run
 from stillroom.settings import Settings, read_plain
-from stillroom.students import StudentConfig, check_matches, fit_student, hash_labels, steps_for
+from stillroom.students import StudentConfig, check_matches, hash_labels, steps_for, train_student
 from stillroom.teachers import Teacher, TeachersConfig, load_teachers
 from stillroom.train import apply_normalization, fit_batch
 
@@ -263,7 +263,7 @@ class Study:
         if not self.keep.unit_done(unit):
             where = self.keep.directory or "memory"
             self.keep.notice(f"a student is trained on {name!r}, {kind} labels, {steps:,} steps, and kept in {where}")
-            model, history = fit_student(
+            model, history = train_student(
                 distilled, self.real, config, train, steps, seed, teachers, self.plan, self.keep, unit, made_by=made_by
             )
             facts = {"set": name, "labels": kind, "steps": steps, "seed": seed, "top1": history[-1]["top1"]}

@@ -311,7 +311,7 @@ def test_a_student_is_the_runs_own_and_trained_once(
     right = [(study.logits("infer", seed).argmax(1) == study.real.test.labels).float().mean() for seed in (0, 1)]
     assert [100 * float(value) for value in right] == pytest.approx(reached["infer", 4], abs=1e-3)
     assert not torch.equal(study.logits("infer", 0), study.logits("infer", 1))
-    monkeypatch.setattr(studies, "fit_student", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(studies, "train_student", lambda *_, **__: pytest.fail("trained again"))
     again = opened(compared, sets=("infer",), seeds=(0, 1), ipc=4)
     torch.testing.assert_close(again.logits("infer", 1), study.logits("infer", 1))
     with pytest.raises(pytest.fail.Exception, match="trained again"):
