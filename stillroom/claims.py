@@ -98,7 +98,7 @@ class Claim:
     @property
     def verdict(self) -> str:
         """What the strongest control leaves of the claim, in one clause."""
-        lost = f"; {len(self.lost)} controls failed" if self.lost else ""
+        lost = f"; failed: {len(self.lost)} of its controls" if self.lost else ""
         if (control := self.strongest) is None:
             return f"no control stands beside it, so nothing says that it is better than random images{lost}"
         words = {

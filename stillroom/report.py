@@ -117,7 +117,7 @@ def open_run(directory: Path) -> Opened:
         if (folder / "distilled" / "manifest.json").exists():
             sets[folder.name] = (folder / "distilled", read_manifest(folder / "distilled"))
     opened = Opened(directory, settings, results, sets, tuple(read_events(directory)))
-    with _as_written(directory):
+    with as_written(directory):
         if results is not None:
             claims_of(results)
     return opened
@@ -133,23 +133,24 @@ def build_report(
     """
     if not runs:
         raise StillroomError("runs is empty; give the directory of a run or of a comparison, such as runs/demo")
-    scale = _scale_of(runs)
+    scale, titles = _scale_of(runs), []
     bodies = []
     for number, run in enumerate(runs):
-        with _as_written(run.directory):
+        with as_written(run.directory):
+            titles.append(run.title)
             place = f"run{number}-" if len(runs) > 1 else ""
             bodies.append(list(_sections(run, figures.get(run.directory, {}), scale, place)))
-    title = runs[0].title if len(runs) == 1 else f"{len(runs)} runs"
+    title = titles[0] if len(runs) == 1 else f"{len(runs)} runs"
     said = [element("p", note, class_="note") for note in notes]
     if len(runs) == 1:
         (parts,) = bodies
         links = [(name, place) for name, place, _ in parts]
         inside = [_claim(runs[0]), *said, _contents(links), *(part for _, _, part in parts)]
     else:
-        links = [("beside each other", "overview"), *((run.title, f"run{n}") for n, run in enumerate(runs))]
+        links = [("beside each other", "overview"), *((name, f"run{n}") for n, name in enumerate(titles))]
         inside = [*said, _contents(links), _overview(runs, scale)]
-        for number, (run, parts) in enumerate(zip(runs, bodies, strict=True)):
-            inside.append(section(run.title, f"run{number}", _claim(run), *(part for _, _, part in parts)))
+        for number, (run, name, parts) in enumerate(zip(runs, titles, bodies, strict=True)):
+            inside.append(section(name, f"run{number}", _claim(run), *(part for _, _, part in parts)))
     made = time.strftime("%Y-%m-%d", time.localtime(max((_last_time(run) for run in runs), default=0.0)))
     return page(
         f"{title}: stillroom report",
@@ -161,7 +162,7 @@ def build_report(
 
 
 @contextlib.contextmanager
-def _as_written(directory: Path) -> Iterator[None]:
+def as_written(directory: Path) -> Iterator[None]:
     """Within this context a result file that lacks something, or has it otherwise, is a damaged one."""
     try:
         yield
@@ -185,7 +186,7 @@ def _claim(run: Opened) -> Html:
             "nothing is claimed before the controls are there. The command that began it goes on."
         )
         return element("p", text, class_="claim note")
-    with _as_written(run.directory):
+    with as_written(run.directory):
         parts = [element("p", headline(run.results), class_="claim")]
         budget = run.results.get("bytes")
         if budget:
@@ -281,7 +282,7 @@ def _scale_of(runs: Sequence[Opened]) -> tuple[float, float]:
     """Return the least and the largest accuracy that the charts of all runs have room for, in tens or fives."""
     values: list[float] = []
     for run in runs:
-        with _as_written(run.directory):
+        with as_written(run.directory):
             values += [value for lines in _panels(run).values() for line in lines for value in line.values]
     low, high = min(values, default=0.0), max(values, default=100.0)
     step = 10 if high - low > 20 else 5
@@ -551,7 +552,7 @@ def _overview(runs: Sequence[Opened], scale: tuple[float, float]) -> Html:
     """Return what several runs say side by side: a small chart of each on one scale, and one table."""
     charts, rows = [], []
     for number, run in enumerate(runs):
-        with _as_written(run.directory):
+        with as_written(run.directory):
             link = element("a", run.title, href=f"#run{number}")
             drawn = [
                 join(element("p", text, class_="soft"), strips(lines, *scale)) for text, lines in _panels(run).items()

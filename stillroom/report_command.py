@@ -13,7 +13,7 @@ import tyro
 from stillroom.errors import StillroomError, UsageError
 from stillroom.files import write_atomic
 from stillroom.gallery import FIGURES, render
-from stillroom.report import Figure, build_report, open_run
+from stillroom.report import Figure, as_written, build_report, open_run
 from stillroom.run import Run
 from stillroom.settings import parse_words
 from stillroom.study import Study, StudyConfig, find_sets
@@ -57,6 +57,7 @@ def report_command(words: list[str]) -> int:
 def write_report(runs: Sequence[Path], out: Path, pictures: bool = True) -> None:
     """Write the page of `runs` to `out`. Raises StillroomError where one of them is no run, or is damaged."""
     opened = [open_run(run) for run in runs]
+    build_report(opened, {})  # what is damaged is refused before anything is drawn
     figures, notes = {}, []
     if pictures:
         try:
@@ -81,7 +82,8 @@ def draw_figures(run: Path) -> dict[str, Figure]:
         study = Study([run], StudyConfig(), keep)
         for name, kind in CHEAP.items():
             try:
-                arrays = FIGURES[name].compute(study)
+                with as_written(run):
+                    arrays = FIGURES[name].compute(study)
             except StillroomError:  # the run is of another kind: no comparison, or no compensators
                 continue
             light = render(name, arrays, kind)

@@ -110,7 +110,7 @@ def test_failed_rows_are_left_out_and_failed_controls_are_counted() -> None:
     (claim,) = claims_of({"rows": rows})
     assert claim.lost == ("its naturals alone with the same labels in as many steps",)
     assert claim.verdict == (
-        "no control stands beside it, so nothing says that it is better than random images; 1 controls failed"
+        "no control stands beside it, so nothing says that it is better than random images; failed: 1 of its controls"
     )
     assert headline({"dataset": {"name": "toys"}, "rows": rows[1:]}) == (
         "toys: no cell is finished, so there is nothing to claim."

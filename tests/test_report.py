@@ -245,7 +245,7 @@ def test_damaged_files_are_refused_by_name(
     run = copy(finished, tmp_path / "run")
     damage, said = DAMAGES[name]
     damage(run / name)
-    assert cli.main(["report", str(run), "--no-pictures"]) == 1
+    assert cli.main(["report", str(run)]) == 1
     error = capsys.readouterr().err
     assert said in error
     assert str(run) in error
