@@ -5,29 +5,37 @@
 infer       new000/class000_id000.jpg, JPEG of quality 75: what INFER's published scripts train on
 folder      a folder of PNG files per class, index.csv, and soft_labels.npy (logits) where the set has them
 npz         one file: train_images, train_labels, class_names, and soft_labels (logits) where the set has them
+parquet     train-00000-of-00001.parquet: image, label, soft_label (logits); opens with datasets.load_dataset(folder)
+webdataset  train-000000.tar, ...: samples of <key>.png, <key>.cls, <key>.logits.npy, and classes.txt beside them
 ddranking   images.pt, labels.pt, hard_labels.pt, images/: what DD-Ranking's evaluators are given, tensors or a folder
 
 None of them knows compensators, so all hold views, one image each: what sharing saves is lost, and so are manifest,
-hashes, dynamic labels and a learned learning rate. `infer`, `folder` and uint8 arrays hold 8 bits a channel, in [0, 1].
+hashes, dynamic labels and a learned learning rate. All but float arrays and tensors hold 8 bits a channel, in [0, 1].
 """
 
 from __future__ import annotations
 
 import csv
+import io
+import json
 import os
 import re
 import secrets
 import shutil
+import tarfile
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from stillroom.artifact import encode_picture, to_8_bits
+from stillroom.compute import build_generator
 from stillroom.data import FACTS
 from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError, suggest
@@ -36,10 +44,11 @@ from stillroom.infer_files import write_infer
 from stillroom.manifest import Manifest
 from stillroom.softlabels import INDEX_COLUMNS, INDEX_FILE, SOFT_LABEL_FILE
 
-ExportLayout = Literal["infer", "folder", "npz", "ddranking"]
+ExportLayout = Literal["infer", "folder", "npz", "parquet", "webdataset", "ddranking"]
 
 BLOCK = 256  # views that are formed at once
 LONGEST_NAME = 80  # characters of a folder's name
+SHARD_VIEWS = 10_000  # of a tar file
 NPZ_FILE = "views.npz"  # while it is written
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)  # names that Windows keeps for itself
 
@@ -137,6 +146,63 @@ def write_npz(distilled: DistilledSet, folder: Path) -> list[str]:
     return notes
 
 
+def write_parquet(distilled: DistilledSet, folder: Path) -> list[str]:
+    """Write a parquet file of views as PNG: image {bytes, path}, label, and soft_label, logits float32 [classes], where
+    the set has them. Its schema holds the features that Hugging Face `datasets` looks for, class names among them."""
+    features: dict[str, Any] = {
+        "image": {"_type": "Image"},
+        "label": {"names": list(distilled.manifest.class_names), "_type": "ClassLabel"},
+    }
+    image_type = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
+    fields = [pa.field("image", image_type), pa.field("label", pa.int64())]
+    if distilled.soft_labels is not None:
+        features["soft_label"] = {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "Sequence"}
+        fields.append(pa.field("soft_label", pa.list_(pa.float32())))
+    schema = pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
+    with pq.ParquetWriter(folder / "train-00000-of-00001.parquet", schema, compression="zstd") as writer:
+        for rows in _class_order(distilled).split(BLOCK):
+            files = [{"bytes": file, "path": None} for file in _pictures(distilled, rows)]
+            labels = distilled.labels[distilled.view_table()[rows, 0]].tolist()
+            columns = [pa.array(files, image_type), pa.array(labels, pa.int64())]
+            if distilled.soft_labels is not None:
+                columns.append(pa.array(distilled.soft_labels[rows].float().tolist(), pa.list_(pa.float32())))
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+    return [_exactness(distilled)]
+
+
+def write_webdataset(distilled: DistilledSet, folder: Path) -> list[str]:
+    """Write tar files of samples, as the `webdataset` library reads them: <key>.png, <key>.cls (the label as text) and,
+    where the set has soft labels, <key>.logits.npy (float16 [classes]); classes.txt has the names in label order.
+
+    Views stand in an order drawn at random, since such readers shuffle little. Equal sets give equal bytes.
+    """
+    generator = build_generator(0, "webdataset")
+    order = torch.randperm(distilled.view_count, generator=generator)
+    for number, shard in enumerate(order.split(SHARD_VIEWS)):
+        with tarfile.open(folder / f"train-{number:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for place, rows in enumerate(shard.split(BLOCK)):
+                for within, (row, picture) in enumerate(zip(rows.tolist(), _pictures(distilled, rows), strict=True)):
+                    key = f"{number * SHARD_VIEWS + place * BLOCK + within:08d}"
+                    label = int(distilled.labels[distilled.view_table()[row, 0]])
+                    members = {"png": picture, "cls": str(label).encode()}
+                    if distilled.soft_labels is not None:
+                        array = io.BytesIO()
+                        np.save(array, distilled.soft_labels[row].numpy())
+                        members["logits.npy"] = array.getvalue()
+                    for ending, content in members.items():
+                        member = tarfile.TarInfo(f"{key}.{ending}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+    names = [" ".join(name.split()) for name in distilled.manifest.class_names]  # one a line
+    (folder / "classes.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    return [_exactness(distilled)]
+
+
+def _pictures(distilled: DistilledSet, rows: Tensor) -> list[bytes]:
+    """The views of `rows` as PNG files, rounded to 8 bits."""
+    return [encode_picture(to_8_bits(view), "png") for view in distilled.form_views(rows)]
+
+
 def write_ddranking(distilled: DistilledSet, folder: Path) -> list[str]:
     """Write what DD-Ranking's `compute_metrics` takes: `image_tensor`, `soft_labels` and `hard_labels`; `image_path`.
 
@@ -187,6 +253,8 @@ WRITERS: dict[str, Callable[[DistilledSet, Path], list[str]]] = {
     "infer": write_infer,
     "folder": write_folder,
     "npz": write_npz,
+    "parquet": write_parquet,
+    "webdataset": write_webdataset,
     "ddranking": write_ddranking,
 }
 

@@ -124,6 +124,10 @@ PARTS: dict[str, tuple[Column, ...]] = {
             "accuracy in % on the real test split after the last epoch, mean ± standard deviation over students' seeds",
             lambda row: _spread([row["mean"], row["std"]]),
         ),
+        Column(
+            "vs its hard labels", "top-1 less that of the same set with hard labels; paired by seed",
+            lambda row: _spread(row.get("over_hard"), "+"),
+        ),
         Column("paper", "what is published for this very cell, where it is one", lambda row: _spread(row["paper"])),
         Column("protocol", "how students are trained, by name; own: by settings of this run", lambda r: r["protocol"]),
     ),
@@ -135,16 +139,10 @@ PARTS: dict[str, tuple[Column, ...]] = {
         )
         for control, budget in CONTROLS.values()
     ),
-    "Ahead of its controls, in points of top-1": (
-        *(
-            Column(name, f"top-1 less that of {_CONTROLS[pair[0]]}, {pair[1]}; paired by seed",
-                   _of_control(*pair, "differences", "+"))
-            for name, pair in CONTROLS.items()
-        ),
-        Column(
-            "vs its hard labels", "top-1 less that of the same set with hard labels; paired by seed",
-            lambda row: _spread(row.get("over_hard"), "+"),
-        ),
+    "Ahead of its controls, in points of top-1": tuple(
+        Column(name, f"top-1 less that of {_CONTROLS[pair[0]]}, {pair[1]}; paired by seed",
+               _of_control(*pair, "differences", "+"))
+        for name, pair in CONTROLS.items()
     ),
     "What it holds and costs": (
         Column(
