@@ -9,6 +9,8 @@
     stillroom import SET --data.source ...     a set that others published, into the artifact
     stillroom export DIR OUT --to ...          a set's views, for other people's scripts
     stillroom figure NAME RUN ...              a figure of finished runs, and its data; without words: which there are
+    stillroom report RUN ...                   one page of finished runs, to be opened from disk
+    stillroom watch RUN                        what a run is at, while it goes on
     stillroom recipes | clean                  what there is to run | what the teacher cache holds
 
 Trained teachers are kept in a cache: --teachers.cache DIR (clean: --cache DIR), or else the environment variable
@@ -58,6 +60,7 @@ from stillroom.pipeline import (
 from stillroom.protocols import PROTOCOLS, ProtocolName, name_protocol, protocol_student
 from stillroom.recipes import RECIPES, Recipe, find_recipe
 from stillroom.replay import with_batches_of
+from stillroom.report_command import report_command, write_report
 from stillroom.run import Run
 from stillroom.settings import parse_duration, parse_words, read_config, read_plain, reading_words, to_yaml
 from stillroom.students import StudentConfig, check_matches, evaluate
@@ -81,6 +84,7 @@ from stillroom.teachers import (
     load_teachers,
     untrained_teachers,
 )
+from stillroom.watch import watch_command
 from stillroom.workers import name_worker
 
 OK, FAILED, USAGE, STOPPED = 0, 1, 2, 3
@@ -422,6 +426,9 @@ def demo_command(words: list[str]) -> int:
         results = run_recipe(find_recipe("digits"), run, "digits")
     show_results(results)
     print_where(command.out)
+    page = command.out / "report.html"
+    write_report([command.out], page)
+    print(f"report: {page} (open it in a browser)")
     return OK
 
 
@@ -437,6 +444,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "import": import_command,
     "export": export_command,
     "figure": figure_command,
+    "report": report_command,
+    "watch": watch_command,
     "recipes": recipes_command,
     "clean": clean_command,
 }

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor
 
 from stillroom.errors import DamagedFileError, StillroomError, TimeLimitReached
+from stillroom.events import event_files, read_lines, seconds_within
 from stillroom.files import break_seal, load_tensors, read_sealed, save_tensors, seal, write_json
 from stillroom.workers import LOOK_SECONDS, Worker
 
@@ -364,8 +365,7 @@ class Run:
         """
         if self.directory is None:
             return 0.0
-        files = [self.directory / "events.jsonl", *(self.directory / "workers").glob("*.jsonl")]
-        return round(sum(_seconds_within(file) for file in files if file.exists()), 1)
+        return round(sum(seconds_within(read_lines(file)) for file in event_files(self.directory)), 1)
 
     def notice(self, message: str) -> None:
         """Tell the user one thing, on standard error, and keep it in the events."""
@@ -515,22 +515,6 @@ def _lock(directory: Path, shared: bool) -> Any:
     lock.write(str(os.getpid()))
     lock.flush()
     return lock
-
-
-def _seconds_within(events: Path) -> float:
-    """Return the seconds that one file of events tells of, from each opening to the last event before the next."""
-    spent = begun = last = 0.0
-    for line in events.read_text(errors="replace").splitlines():
-        try:
-            event = json.loads(line)
-            kind, now = event["event"], float(event["time"])
-        except (ValueError, TypeError, KeyError, RecursionError):  # left half written by a killed process, or damaged
-            continue
-        if kind == "opened":
-            spent += max(last - begun, 0.0)  # clocks may be set back
-            begun = now
-        last = now
-    return spent + max(last - begun, 0.0)
 
 
 def _end_last_line(events: Path) -> None:

@@ -15,7 +15,7 @@ PACKAGE = Path(stillroom.__file__).parent
 LAYERS = (
     ("errors",),
     ("arrays", "files", "compute", "networks", "augment", "settings", "markup", "paper", "scores", "muon"),
-    ("render", "readers.stored", "readers.listing"),
+    ("render", "events", "claims", "readers.stored", "readers.listing"),
     ("readers.digits", "readers.npz", "readers.cifar", "readers.folders", "readers.parquet", "readers.tar"),
     ("readers.ilsvrc", "readers.tiny_imagenet", "readers.shards"),
     ("readers",),
@@ -41,10 +41,10 @@ LAYERS = (
         "analysis.recovery",
     ),
     ("analysis", "figures.style"),
-    ("figures.results", "figures.students", "figures.compensators"),
-    ("figures",),
+    ("figures.results", "figures.students", "figures.compensators", "page"),
+    ("figures", "report"),
     ("gallery",),
-    ("figure_command",),
+    ("figure_command", "report_command", "watch"),
     ("cli",),
     ("",),  # stillroom/__init__.py: imports nothing until it is asked
 )
@@ -58,6 +58,7 @@ APART = {
     "methods": ("labels", "students", "exchange"),
     "replay": ("teachers", "networks", "methods"),  # labels are replayed where no teacher is
     "exchange": ("methods", "train", "teachers"),  # sets come and go without training code
+    "report": ("data", "networks", "train", "teachers", "methods", "labels", "students", "pipeline", "study"),
     # figures are drawn from arrays: of all there is they know those, and how errors are raised
     **{
         f"figures.{name}": tuple({module.split(".")[0] for module in HEIGHT} - {"", "figures", "arrays", "errors"})

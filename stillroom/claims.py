@@ -1,0 +1,217 @@
+"""What results allow to be said: a method's accuracy beside each of its controls, and nothing that they do not carry.
+
+    for claim in claims_of(results):            # of results.json or comparison.json, as plain dictionaries
+        print(claim.sentence)
+
+A control counts as beaten where the 95 % interval of the mean difference, paired by seed (Student's t), lies above 0.
+That interval is of students of one set: another draw of images, or another distillation, is not in it.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+# Two-sided 95 % quantiles of Student's t by degrees of freedom, from 1; beyond them the last one, which is wider.
+STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+
+Verdict = Literal["beaten", "too close to call", "not beaten", "one seed"]
+
+SETS = {"naturals": "its naturals alone"}
+BUDGETS = {"equal epochs": "at equal epochs", "equal steps": "in as many steps"}
+
+
+@dataclass(frozen=True)
+class Against:
+    """A method beside one control: mean and standard deviation of top-1 minus the control's, in points, over seeds."""
+
+    control: str
+    mean: float
+    deviation: float | None  # None: of one seed
+    seeds: int
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the mean difference; None of one seed, which has none."""
+        if self.deviation is None or self.seeds < 2:
+            return None
+        half = STUDENT_T[min(self.seeds - 1, len(STUDENT_T)) - 1] * self.deviation / self.seeds**0.5
+        return self.mean - half, self.mean + half
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the control is beaten; never by one seed."""
+        if self.mean <= 0:
+            return "not beaten"
+        if self.interval is None:
+            return "one seed"
+        return "beaten" if self.interval[0] > 0 else "too close to call"
+
+    @property
+    def said(self) -> str:
+        """The difference and its verdict, to stand behind the control's name."""
+        points = f"{spell_spread(self.mean, self.deviation, '+')} points"
+        words = {
+            "beaten": "beaten",
+            "too close to call": f"ahead, but too close to call with {self.seeds} seeds",
+            "not beaten": "not beaten",
+            "one seed": "ahead in its one seed, which proves nothing",
+        }
+        return f"{points}: {words[self.verdict]}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Top-1 in % of students of one set, by one kind of label, beside its controls."""
+
+    method: str
+    ipc: int
+    labels: str
+    student: str
+    steps: int
+    top1: tuple[float, ...]  # by seed
+    against: tuple[Against, ...] = ()
+    lost: tuple[str, ...] = ()  # controls that failed
+    paper: float | None = None
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.top1)
+
+    @property
+    def deviation(self) -> float | None:
+        return statistics.stdev(self.top1) if len(self.top1) > 1 else None
+
+    @property
+    def reached(self) -> str:
+        """The accuracy with its uncertainty, such as "35.3 ± 0.6 % (3 seeds)"."""
+        return f"{spell_spread(self.mean, self.deviation)} % ({count_seeds(len(self.top1))})"
+
+    @property
+    def strongest(self) -> Against | None:
+        """The control that the set is least ahead of."""
+        return min(self.against, key=lambda each: each.mean, default=None)
+
+    @property
+    def verdict(self) -> str:
+        """What the strongest control leaves of the claim, in one clause."""
+        lost = f"; failed: {len(self.lost)} of its controls" if self.lost else ""
+        if (control := self.strongest) is None:
+            return f"no control stands beside it, so nothing says that it is better than random images{lost}"
+        words = {
+            "beaten": "it is ahead of",
+            "too close to call": f"{len(self.top1)} seeds are too few to tell it from",
+            "not beaten": "it is not ahead of",
+            "one seed": "one seed cannot tell it from",
+        }
+        among = f", the strongest of {len(self.against)} controls" if len(self.against) > 1 else ", its only control"
+        points = spell_spread(control.mean, control.deviation, "+")
+        return f"{words[control.verdict]} {control.control}{among} ({points} points){lost}"
+
+    @property
+    def sentence(self) -> str:
+        """The whole claim in one line."""
+        return (
+            f"{self.method} at {self.ipc} images per class takes {self.student} students to {self.reached} with "
+            f"{self.labels} labels in {self.steps:,} steps; {self.verdict}."
+        )
+
+
+def claims_of(results: dict[str, Any]) -> list[Claim]:
+    """Return the claims of a run's results.json, or of a comparison's or an evaluation's, in the order of its rows.
+
+    Raises KeyError, TypeError or ValueError for a dictionary that no such file holds.
+    """
+    if "rows" in results:
+        return [_of_row(row) for row in results["rows"] if "error" not in row]
+    if "evaluation" in results:
+        return []
+    cells = results["cells"]
+    return [_of_cell(own, cells, results) for own in cells if own["budget"] == "own"]
+
+
+def _of_cell(own: dict[str, Any], cells: Sequence[dict[str, Any]], results: dict[str, Any]) -> Claim:
+    against = []
+    for cell in cells:
+        for budget, labels in re.findall(r"(equal epochs|equal steps) \((\w+)\)", cell["budget"]):
+            if labels == own["labels"]:
+                paired = [a - b for a, b in zip(own["top1"], cell["top1"], strict=True)]
+                deviation = statistics.stdev(paired) if len(paired) > 1 else None
+                control = spell_control(cell["set"], cell["labels"], budget, labels)
+                against.append(Against(control, statistics.mean(paired), deviation, len(paired)))
+    return Claim(
+        own["set"], results["ipc"], own["labels"], results["student"], own["steps"], tuple(own["top1"]),
+        tuple(against), paper=results["paper"].get(own["labels"]),
+    )  # fmt: skip
+
+
+def _of_row(row: dict[str, Any]) -> Claim:
+    against, lost = [], []
+    for name, difference in (row["differences"] | row.get("failed", {})).items():
+        found = re.fullmatch(r"(.+?) \+ (.+), (equal epochs|equal steps)", name)
+        if found is None:
+            lost += [name] if name == "controls" else []  # what else may fail is no control
+            continue
+        control = spell_control(found[1], found[2], found[3], row["labels"])
+        if isinstance(difference, str):
+            lost.append(control)
+        else:
+            mean, deviation = difference
+            against.append(Against(control, mean, deviation, len(row["top1"])))
+    return Claim(
+        row["method"], row["ipc"], row["labels"], row["student"], row["steps"], tuple(row["top1"]), tuple(against),
+        tuple(lost), row["paper"][0] if row["paper"] else None,
+    )  # fmt: skip
+
+
+def spell_control(name: str, labels: str, budget: str, own: str) -> str:
+    """Return a control in words: the set `name` with `labels` where the claim's are `own`, and its budget of steps."""
+    what = SETS.get(name, f"{name} images")
+    return f"{what} with {'the same' if labels == own else labels} labels {BUDGETS[budget]}"
+
+
+def headline(results: dict[str, Any]) -> str:
+    """Return what the results say in one line, its uncertainty and its strongest control included.
+
+    Of a run: its first kind of label, since a choice of the best would flatter. Of a comparison: the highest of its
+    first kind of label, and that it was chosen so. Raises what `claims_of` raises.
+    """
+    claims = claims_of(results)
+    if "evaluation" in results:
+        found = results["evaluation"]
+        top1 = [100 * value for value in found["top1"]]
+        reached = Claim("", 0, "", "", 0, tuple(top1)).reached
+        return (
+            f"{found['network']} students reach {reached} with {found['labels']} labels in {found['steps']:,} steps; "
+            "no control stands beside it, so nothing says that it is better than random images."
+        )
+    name = results["dataset"]["name"]
+    if not claims:
+        return f"{name}: no cell is finished, so there is nothing to claim."
+    if "rows" not in results:
+        return f"On {name}, {claims[0].sentence}"
+    first = claims[0]
+    alike = [c for c in claims if (c.labels, c.ipc, c.student) == (first.labels, first.ipc, first.student)]
+    highest = max(alike, key=lambda claim: claim.mean)
+    if len(alike) == 1:
+        return f"On {name}, {highest.sentence}"
+    verdict = "no method is above random images" if highest.method == "random" else highest.verdict
+    return (
+        f"{name}, {first.ipc} images per class, {first.labels} labels, {first.student} students: the highest of "
+        f"{len(alike)} methods, chosen afterwards, is {highest.method} with {highest.reached} in {highest.steps:,} "
+        f"steps; {verdict}."
+    )
+
+
+def spell_spread(mean: float, deviation: float | None, sign: str = "") -> str:
+    """Return "mean ± deviation" to one digit, without a deviation that is not known."""
+    text = f"{round(mean, 1) + 0.0:{sign}.1f}"  # no -0.0
+    return text if deviation is None else f"{text} ± {deviation:.1f}"
+
+
+def count_seeds(count: int) -> str:
+    """Return the number of seeds in words; of one, that it has no spread."""
+    return f"{count} seeds" if count > 1 else "one seed, spread unknown"

@@ -1,0 +1,313 @@
+"""The report: one page that is whole, true to the files it was made of, and safe whatever names stand in these."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Finished
+
+from stillroom import cli
+from stillroom.errors import StillroomError
+from stillroom.manifest import Manifest
+from stillroom.page import element, escape, round_ticks, table
+from stillroom.recipes import RECIPES
+from stillroom.report import Opened, build_report, open_run
+
+VOID = {"meta", "img", "source", "br", "line", "circle", "polyline", "rect"}
+EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;\x00\x1b\ud800"
+
+
+class Page(HTMLParser):
+    """A page read strictly: every element that is opened is closed, and what is asked of all of them holds."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.inside: dict[str, list[str]] = {}
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len({name for name, _ in attrs}) == len(attrs)
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        for tag in set(self.open):
+            self.inside.setdefault(tag, []).append(data)
+
+    def text(self, tag: str = "body") -> str:
+        return " ".join(" ".join(self.inside.get(tag, [])).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def check(text: str) -> Page:
+    """Read a page; assert that it asks nobody for anything, that links and labels lead somewhere, images are told."""
+    page = Page(text)
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    for tag, attributes in page.elements:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            assert name != "style"
+            if name in ("src", "srcset"):
+                assert value is not None
+                assert value.startswith("data:image/")
+            if name == "href":
+                assert value is not None
+                assert value[:1] == "#"
+                assert value[1:] in ids
+            if name == "aria-labelledby":
+                assert value in ids
+        if tag == "img":
+            assert attributes.get("alt")
+        if tag == "svg":
+            assert attributes.get("aria-hidden") == "true" or attributes.get("aria-label") or "viewbox" in attributes
+    (policy,) = (m["content"] for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; img-src data:; ")
+    for tag in ("style", "script"):
+        assert len(page.all(tag)) == 1
+        digest = hashlib.sha256("".join(page.inside[tag]).encode()).digest()
+        assert f"{tag}-src 'sha256-{base64.b64encode(digest).decode()}'" in policy
+    return page
+
+
+def write(words: list[str], out: Path) -> Page:
+    assert cli.main(["report", *words, "--out", str(out)]) == 0
+    return check(out.read_text("utf-8"))
+
+
+def copy(finished: Finished, folder: Path) -> Path:
+    shutil.copytree(finished.directory, folder)
+    return folder
+
+
+def test_a_runs_page_says_what_its_files_say(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = write([str(finished.directory)], tmp_path / "page.html")
+    assert capsys.readouterr().out == f"report: {tmp_path / 'page.html'}\n"
+    results = json.loads((finished.directory / "results.json").read_text())
+    manifest = json.loads((finished.directory / "distilled/manifest.json").read_text())
+    said = page.text()
+    for part in results["bytes"]["raw"].values():
+        assert f"{part:,}" in said
+    for cell in results["cells"]:
+        assert f"{sum(cell['top1']) / 2:.1f} ± {cell['std']:.1f}" in said
+        assert cell["budget"] in said
+    for fact in (
+        results["provenance"]["commit"] or "an installed package",
+        results["provenance"]["command"],
+        f"torch {results['provenance']['libraries']['torch']}",
+        f"{manifest['teachers'][0]['name']}: {manifest['teachers'][0]['accuracy']:.1f} %",
+        manifest["teachers"][0]["hash"][:12],
+        "seeds of students 0, 1",
+        f"load_distilled('{finished.directory / 'distilled'}')",
+        "learning_rate: 0.01",
+        "2 seeds",
+    ):
+        assert fact in said, fact
+    assert len(page.all("img")) >= 4
+    assert sum("aria-label" in svg for svg in page.all("svg")) == 15  # curves: a teacher, and fourteen cells
+
+
+def test_a_comparisons_page_has_every_cell_and_sheet(compared: Finished, tmp_path: Path) -> None:
+    page = write([str(compared.directory)], tmp_path / "page.html")
+    results, said = json.loads((compared.directory / "comparison.json").read_text()), page.text()
+    for row in results["rows"]:
+        assert f"{row['mean']:.1f} ± {row['std']:.1f}" in said
+        assert f"{sum(row['bytes']['raw'].values()) / row['bytes']['real_raw_bytes']:.2%}".replace("%", " %") in said
+    sheets = [image["alt"] for image in page.all("img") if (image["alt"] or "").startswith("Contact sheet")]
+    assert len(sheets) == 6  # three methods at two budgets
+    assert "to bottom red, green, blue sky and süd/ost" in str(sheets[0])
+
+
+def test_several_runs_stand_beside_each_other_on_one_scale(
+    finished: Finished, compared: Finished, tmp_path: Path
+) -> None:
+    page = write([str(finished.directory), str(compared.directory), "--no-pictures"], tmp_path / "page.html")
+    said = page.text()
+    assert "Beside each other" in said
+    assert len(set(re.findall(r"from (\d+) to (\d+)[.;]", said))) == 1
+    rows = len(json.loads((compared.directory / "comparison.json").read_text())["rows"])
+    assert len(page.all("tr")) > 2 + rows
+
+
+def test_the_same_files_give_the_same_page(finished: Finished, tmp_path: Path) -> None:
+    for name in ("one.html", "two.html"):
+        write([str(finished.directory)], tmp_path / name)
+    assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
+
+
+def poison(value: Any) -> Any:
+    """Every text in a result made hostile, but for the words that the page's own logic goes by."""
+    if isinstance(value, dict):
+        own = {"labels", "budget", "differences", "kind"}
+        return {key: each if key in own else poison(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [poison(each) for each in value]
+    return value + EVIL if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("name", ["results.json", "comparison.json"])
+def test_hostile_names_are_shown_and_never_run(finished: Finished, compared: Finished, name: str) -> None:
+    run = open_run((finished if name == "results.json" else compared).directory)
+    assert run.results is not None
+
+    def named(manifest: Manifest) -> Manifest:
+        names = tuple(name + EVIL for name in manifest.class_names)
+        return replace(manifest, class_names=names, method=EVIL, dataset=replace(manifest.dataset, name=EVIL))
+
+    evil = Opened(
+        Path(f"/{EVIL}"),
+        poison(run.settings),
+        poison(run.results),
+        {f"{name}{EVIL}": (folder, named(manifest)) for name, (folder, manifest) in run.sets.items()},
+        tuple(poison(event) | {"event": event["event"]} for event in run.events),
+    )
+    page = check(build_report([evil, evil], {}, [EVIL]).encode("utf-8", "replace").decode())
+    assert page.text().count("<script>alert(1)</script>") > 50
+    assert "alert" not in page.text("script")
+
+
+def test_a_run_that_is_not_finished_claims_nothing(finished: Finished, tmp_path: Path) -> None:
+    run = copy(finished, tmp_path / "run")
+    (run / "results.json").unlink()
+    said = write([str(run)], tmp_path / "page.html").text()
+    assert f"Not finished: {run} has 14 finished cells yet, and nothing is claimed" in said
+    assert "Cells that are finished so far." in said
+    assert "students to" not in said
+    shutil.rmtree(run / "distilled")
+    (run / "events.jsonl").write_text('{"event": "epoch", "time": 1}\n{"half": \n[]\n{"event": "cell", "time": NaN}')
+    said = write([str(run)], tmp_path / "page.html").text()
+    assert "infer that has no set yet" in said
+    assert "has no results yet" in said
+
+
+def test_a_stopped_comparison_and_failed_cells_are_said(compared: Finished, tmp_path: Path) -> None:
+    run = copy(compared, tmp_path / "run")
+    results = json.loads((run / "comparison.json").read_text())
+    results["rows"][0] = {key: results["rows"][0][key] for key in ("method", "ipc", "matched_ipc", "labels", "student")}
+    results["rows"][0] |= {"protocol": "", "error": "out of <memory>"}
+    (run / "comparison.json").write_text(json.dumps(results))
+    with open(run / "events.jsonl", "a") as events:
+        events.write('{"event": "stopped", "time": 9e9, "reason": "time limit"}\n')
+    said = write([str(run), "--no-pictures"], tmp_path / "page.html").text()
+    assert "failed: random, ipc 3, static, toynet: out of <memory>" in said
+    assert "It was stopped before its end" in said
+
+
+def test_an_evaluations_students_have_a_page(finished: Finished, tmp_path: Path) -> None:
+    run = tmp_path / "students"
+    run.mkdir()
+    (run / "config.json").write_text('{"settings": {"labels": "static"}, "plan": {}}')
+    found = {"network": "convnet", "labels": "static", "steps": 300, "top1": [0.5, 0.625], "top5": [0.75, 1.0]}
+    (run / "results.json").write_text(json.dumps({"evaluation": found, "protocol": "own", "provenance": {}}))
+    said = write([str(run)], tmp_path / "page.html").text()
+    assert "no control stands beside it" in said
+    assert "62.50" in said
+
+
+DAMAGES = {
+    "config.json": (lambda path: path.write_text(path.read_text().replace("1", "2", 1)), "SHA-256 does not fit"),
+    "results.json": (lambda path: path.write_text('{"cells": [{}]}'), "are not such as stillroom writes"),
+    "distilled/manifest.json": (lambda path: path.write_text("{"), "manifest.json"),
+    "distilled/contact_sheet.png": (lambda path: path.write_bytes(b"no picture" * 20_000), "is no picture"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_files_are_refused_by_name(
+    finished: Finished, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy(finished, tmp_path / "run")
+    damage, said = DAMAGES[name]
+    damage(run / name)
+    assert cli.main(["report", str(run)]) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert str(run) in error
+    assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("key", ["dataset", "cells", "seeds", "teachers", "student", "ipc", "paper", "protocol"])
+@pytest.mark.parametrize("value", [None, "text", -1, [[]]])
+def test_results_with_something_else_in_a_place_are_refused_or_shown(finished: Finished, key: str, value: Any) -> None:
+    run = open_run(finished.directory)
+    results = {**(run.results or {}), key: value}
+    try:
+        check(build_report([replace(run, results=results)], {}))
+    except StillroomError as error:
+        assert "not such as stillroom writes" in str(error)  # noqa: PT017 - or it is a page
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ([], 2, "name a run: stillroom report runs/demo"),
+        (["here", "here"], 2, "names a run twice"),
+        (["here", "--out", "page.pdf"], 2, "--out page.pdf is no page"),
+        (["nowhere"], 1, "nowhere holds no config.json, so it is no run"),
+    ],
+)
+def test_wrong_words_are_refused(words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", *words]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_without_matplotlib_the_page_says_how_to_get_the_figures(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    page = write([str(finished.directory)], tmp_path / "page.html")
+    assert "pip install matplotlib" in page.text()
+    assert len(page.all("img")) == 1  # the contact sheet
+
+
+def test_the_demo_ends_by_writing_its_report(
+    finished: Finished, tmp_path: Path, toynet: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(RECIPES, "digits", replace(finished.recipe, labels=("static",), seeds=(0,)))
+    monkeypatch.setenv("STILLROOM_CACHE", str(finished.directory.parent / "cache"))
+    assert cli.main(["demo", "--out", str(tmp_path / "demo")]) == 0
+    assert f"report: {tmp_path / 'demo' / 'report.html'} (open it in a browser)" in capsys.readouterr().out
+    assert "one seed, spread unknown" in check((tmp_path / "demo" / "report.html").read_text()).text()
+
+
+def test_columns_of_numbers_sort_as_numbers() -> None:
+    rows = [["a", "10 (as bytes: 8)", "+1.5 ± 0.1", "hard"], ["b", "1,200", "-", "3 kinds"], ["c", "-", "-0.5", "soft"]]
+    page = Page(table(["name", "ipc", "vs", "labels"], rows, "caption", place="here"))
+    values = [cell.get("data-value") for cell in page.all("td")]
+    assert values == ["10", "1.5", None, "1200", None, None, None, "-0.5", None]
+
+
+def test_text_is_escaped_unless_it_is_html() -> None:
+    assert element("p", "a < b", element("b", "&"), title='"') == '<p title="&quot;">a &lt; b<b>&amp;</b></p>'
+    assert escape("\x00\n\ud800") == "\N{REPLACEMENT CHARACTER}\n\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize(("low", "high", "ticks"), [(75, 100, [75, 80, 85, 90, 95, 100]), (0, 2, [0, 0.5, 1, 1.5, 2])])
+def test_ticks_are_round(low: float, high: float, ticks: list[float]) -> None:
+    assert round_ticks(low, high) == ticks
