@@ -59,9 +59,10 @@ from stillroom.pipeline import (
 )
 from stillroom.protocols import PROTOCOLS, ProtocolName, name_protocol, protocol_student
 from stillroom.recipes import RECIPES, Recipe, find_recipe
+from stillroom.render import failures_of
 from stillroom.replay import with_batches_of
 from stillroom.report_command import report_command, write_report
-from stillroom.run import Run
+from stillroom.run import Run, finished_units
 from stillroom.settings import parse_duration, parse_words, read_config, read_plain, reading_words, to_yaml
 from stillroom.students import StudentConfig, check_matches, evaluate
 from stillroom.tables import (
@@ -274,10 +275,10 @@ def compare_command(words: list[str]) -> int:
     show_comparison(results)
     out = command.directory
     print(
-        f"table: {out / 'table.md'}, .tex, .csv; all numbers: {out / 'comparison.json'}; "
+        f"table, its columns explained: {out / 'table.md'}, .tex, .csv; all numbers: {out / 'comparison.json'}; "
         f"sets, without soft labels: {out / 'sets'}"
     )
-    return FAILED if any({"error", "failed"} & row.keys() for row in results["rows"]) else OK
+    return FAILED if failures_of(results) else OK
 
 
 def squeeze_command(words: list[str]) -> int:
@@ -483,8 +484,8 @@ def parse_recipe(name: str, words: list[str], kind: type[Command]) -> Command | 
         else:
             last = {"squeeze": "teachers", "distill": "set"}.get(name, "students")
             estimate = estimate_recipe(command.settings, last)
-        if finished := [path for part in ("units", "sets/*/units") for path in command.directory.glob(f"{part}/*")]:
-            students = sum(path.name.startswith("student-") for path in finished)
+        if finished := finished_units(command.directory):
+            students = sum(name.startswith("student-") for name in finished)
             estimate[1].append(
                 f"{command.directory} holds {len(finished)} finished units, {students} of them students; what of this "
                 "work they are is not done again, though the plan counts it"

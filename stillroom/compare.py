@@ -30,7 +30,7 @@ from stillroom.data import FACTS, RealData
 from stillroom.distilled import DistilledSet, count_bytes, load_distilled
 from stillroom.errors import DamagedFileError, StillroomError
 from stillroom.files import read_json, write_atomic, write_json
-from stillroom.grid import OWN_LABELS, Comparison, Entry, check_grid, raw_bytes, set_name, slug
+from stillroom.grid import OWN_LABELS, Comparison, Entry, check_grid, random_entry, raw_bytes, set_name, slug
 from stillroom.manifest import LabelKind, read_manifest
 from stillroom.markup import to_csv
 from stillroom.methods import METHODS
@@ -67,7 +67,7 @@ FAILURES = (
 )  # fmt: skip
 
 
-ROW_KEYS = ("method", "ipc", "matched_ipc", "labels", "student")  # what a row is known by
+ROW_KEYS = ("method", "asked", "ipc", "matched_ipc", "labels", "student")  # what a row is known by
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,8 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
             run.event("row", **row)
             write_tables(results, directory)
             if not run.show:  # where there are no bars, in a file say
-                print(say_row(row) + ("" if run.made > units else " (kept)"), file=sys.stderr, flush=True)
+                kept = run.made == units and run.worker is None and "error" not in row
+                print(say_row(row) + (" (kept)" if kept else ""), file=sys.stderr, flush=True)
             units = run.made
 
     for _ in run.in_any_order([functools.partial(fill, number) for number in range(len(entries))]):
@@ -212,7 +213,7 @@ def read_rows(before: dict[str, Any], entries: Sequence[Entry], work: Work) -> d
         return {}
     known = {tuple(row.get(k) for k in ROW_KEYS): row for row in stored["rows"] if "error" not in row}
     keys = {
-        (number, place): (entry.name, entry.budget_ipc, entry.recipe.ipc, labels, student.network)
+        (number, place): (entry.name, entry.text, entry.budget_ipc, entry.recipe.ipc, labels, student.network)
         for number, entry in enumerate(entries)
         for place, (student, labels) in enumerate(rows_of(entry, work))
     }
@@ -304,6 +305,7 @@ def compare_entry(entry: Entry, work: Work) -> Iterator[tuple[int, dict[str, Any
                 entry.own_labels,
             )  # fmt: skip
             row = compare_cell(entry, distilled, labels, cells, own)
+            row["random_set"] = None if random is None else set_name(random_entry(entry, work.comparison.distill_seed))
         except FAILURES as error:
             return _failed(entry, student, labels, error, work)
         row["seconds"]["distil"] = seconds
@@ -323,11 +325,8 @@ def make_random(entry: Entry, work: Work) -> tuple[DistilledSet | None, dict[str
     """Return the random control of an entry, or None, and why all of its controls are lost, if they are."""
     if not work.comparison.controls or entry.recipe.method == "random":
         return None, {}
-    recipe = replace(entry.recipe, method="random", ipc=entry.budget_ipc)  # of equal bytes, where those count
-    usual = recipe.distill_seed == work.comparison.distill_seed
-    text = "random" if usual else f"random:distill_seed={recipe.distill_seed}"
     try:
-        return make_set(Entry(text, text, entry.budget_ipc, recipe), work)[0], {}
+        return make_set(random_entry(entry, work.comparison.distill_seed), work)[0], {}
     except FAILURES as error:
         return None, {"controls": say(error)}
 
@@ -394,6 +393,7 @@ def compare_cell(entry: Entry, saved: DistilledSet, labels: LabelKind, cells: li
         by = tuple(teacher.name for teacher in saved.manifest.teachers)
     return {
         "method": entry.name,
+        "asked": entry.text,
         "set": None if entry.folder is not None else set_name(entry),
         "ipc": entry.budget_ipc,
         "matched_ipc": entry.recipe.ipc,
@@ -533,6 +533,7 @@ def _failed(entry: Entry, student: StudentConfig, labels: str, error: BaseExcept
         torch.cuda.empty_cache()  # of what ran out of memory, so that the next cell has some
     return {
         "method": entry.name,
+        "asked": entry.text,
         "set": None if entry.folder is not None else set_name(entry),
         "ipc": entry.budget_ipc,
         "matched_ipc": entry.recipe.ipc,

@@ -20,7 +20,7 @@ from stillroom.artifact import can_hold, encode_picture
 from stillroom.compute import Plan, peak_memory, resident_memory, resolve_plan
 from stillroom.data import RealData, load_real
 from stillroom.distilled import choose_encoding, load_distilled
-from stillroom.grid import Comparison, Entry, check_grid, set_name
+from stillroom.grid import Comparison, Entry, check_grid, random_entry, set_name
 from stillroom.labels import count_label_bytes, dynamic_label_bytes
 from stillroom.methods import METHODS, gvbsm
 from stillroom.methods.infer import makers_of, slot_count
@@ -86,6 +86,16 @@ def estimate_comparison(comparison: Comparison) -> tuple[list[Stage], list[str]]
     entries = check_grid(comparison, real)
     needed = any(entry.needs_teachers for entry in entries)
     stages = _teacher_stages(comparison, real, plan, notes) if needed else []
+    if comparison.grid.real or comparison.grid.scores:
+        students = comparison.grid.students or (comparison.student.network,)
+        networks = tuple(n for n in students if n not in comparison.teachers.networks or not needed)
+        on_real = replace(comparison.teachers, networks=networks, source="train", checkpoints=())
+        found = (
+            _teacher_stages(replace(comparison, teachers=on_real, labelled_by=None), real, plan, notes)
+            if networks
+            else []
+        )
+        stages += [replace(stage, name=stage.name.replace("teacher", "on all real images,")) for stage in found]
     known: set[Training] = set()
     made: set[str] = set()
     for entry in entries:
@@ -94,7 +104,7 @@ def estimate_comparison(comparison: Comparison) -> tuple[list[Stage], list[str]]
         own = [] if there else _distill_stages(entry.recipe, real, plan)
         for network in comparison.grid.students or (comparison.student.network,):
             recipe = replace(entry.recipe, student=replace(comparison.student, network=network))
-            found = _student_stages(recipe, real, plan, known, entry)
+            found = _student_stages(recipe, real, plan, known, entry, comparison.distill_seed)
             own += [replace(stage, name=f"{stage.name}, {network}") for stage in found]
         stages += [replace(stage, name=f"{set_name(entry)}: {stage.name.strip()}") for stage in own]
     if comparison.grid.scores:
@@ -283,33 +293,37 @@ def _objective(model: nn.Module, labels: Tensor, config: Any, plan: Plan) -> Cal
 
 
 def _student_stages(
-    recipe: Recipe, real: RealData, plan: Plan, known: set[Training], entry: Entry | None = None
+    recipe: Recipe, real: RealData, plan: Plan, known: set[Training], entry: Entry | None = None, usual_seed: int = 0
 ) -> list[Stage]:
-    """The stages of students that are not among `known`, which they join; `entry`: of a grid, whose sets these are."""
+    """The stages of students that are not among `known`, which they join; `entry`: of a grid, whose sets these are, and
+    whose distill_seed is `usual_seed`."""
     content, network = _content(recipe, real, entry), recipe.student.network
-    random = (recipe.ipc if entry is None else entry.budget_ipc) * real.classes
-    method = recipe.method if entry is None else entry.name
+    if entry is None:
+        entry, usual_seed = Entry(recipe.method, recipe.method, recipe.ipc, recipe), recipe.distill_seed
+    random, of_random = set_name(random_entry(entry, usual_seed)), entry.budget_ipc * real.classes
     # Naturals that are drawn are random images, and trained on once as both.
-    naturals = "random" if recipe.infer.naturals is None else "naturals"
-    if recipe.method == "infer" and not recipe.infer.compensators and (entry is None or entry.folder is None):
-        method = naturals
+    drawn = replace(entry, budget_ipc=content.images // real.classes)
+    naturals = set_name(random_entry(drawn, usual_seed)) if recipe.infer.naturals is None else f"its {set_name(entry)}"
+    own = set_name(entry) if entry.folder is None else entry.name
+    if recipe.method == "infer" and not recipe.infer.compensators and entry.folder is None:
+        own = naturals
+    by = "" if recipe.labelled_by is None else f" by {' '.join(recipe.labelled_by)}"
     batch = min(recipe.student.train.batch_size, content.views)
     seconds, memory = _time_training(build_network(network, real.classes, real.image_size), batch, real, plan)
     stages = []
     for labels in recipe.labels:
         epochs = recipe.student.train_for(labels).epochs
         steps = round(epochs * content.views / batch)
-        cells: set[Training] = {(f"{method}, {content.views}", labels, steps, network)}
+        cells: set[Training] = {(own, _kind(labels, by), steps, network)}
         if recipe.controls:  # those of pipeline.build_cells, at both budgets
-            controls = [("random", "hard", random), ("random", labels, random), ("naturals", labels, content.images)]
+            controls = [(random, "hard", of_random), (random, labels, of_random)] if recipe.method != "random" else []
+            controls += [(naturals, labels, content.images)] if content.compensators else []
             for name, kind, count in controls:
-                if name == recipe.method or (name == "naturals" and not content.compensators) or kind == "learned":
-                    continue
-                alone = round(epochs * count / min(batch, count))
-                called = naturals if name == "naturals" else name
-                cells |= {(f"{called}, {count}", kind, total, network) for total in (steps, alone)}
+                if kind != "learned":
+                    alone = round(epochs * count / min(batch, count))
+                    cells |= {(name, _kind(kind, by), total, network) for total in (steps, alone)}
         labelling = _time_labels(recipe, batch, real, plan) if labels == "dynamic" else 0.0
-        each = sum(count * (seconds + labelling * (kind == labels)) for _, kind, count, _ in cells - known)
+        each = sum(count * (seconds + labelling * (kind != "hard")) for _, kind, count, _ in cells - known)
         work = f"{len(recipe.seeds)} seeds x {steps:,} steps of {batch}" + (" and controls" if len(cells) > 1 else "")
         stages.append(Stage(f"students, {labels}", work, each * len(recipe.seeds), memory, 0))
         known |= cells
@@ -317,6 +331,10 @@ def _student_stages(
             stored = dynamic_label_bytes(batch, steps, real.classes)
             stages.append(Stage(IF_STORED, f"{batch * steps:,} rows", 0.0, stored, 0))
     return stages
+
+
+def _kind(labels: str, by: str) -> str:
+    return labels if labels in ("hard", "learned") else labels + by
 
 
 def _time_training(model: nn.Module, batch: int, real: RealData, plan: Plan) -> tuple[float, int]:

@@ -9,6 +9,7 @@ sentence = FIGURES["losses"].describe(arrays)       # alternative text
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,11 +84,15 @@ def render(name: str, arrays: Arrays, format: Literal["png", "svg"], dark: bool 
     options: dict[str, Any] = {"metadata": {"Description": said, "Date": None}}
     if format == "png":
         options = {"metadata": {"Description": said, "Software": None}, "pil_kwargs": {"optimize": True}}
-    with warnings.catch_warnings(record=True) as said_of_letters:  # each of them, many times
-        warnings.filterwarnings("always", "Glyph .* missing from")
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
         with matplotlib.rc_context({"svg.hashsalt": name}):  # else identifiers are drawn at random
             figure.savefig(buffer, format=format, **options)
-    if said_of_letters:
+    letters = [one for one in heard if re.match("Glyph .* missing from", str(one.message))]  # each of them, many times
+    for one in heard:
+        if one not in letters:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    if letters:
         warnings.warn(
             f"{name}: letters that no font of this machine has are drawn as boxes; install one, such as Noto Sans CJK",
             stacklevel=2,

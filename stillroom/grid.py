@@ -55,6 +55,9 @@ class Grid:
             if len(set(values)) != len(values):
                 raise StillroomError(f"grid.{name} {' '.join(map(str, values))} has repeats; give each once")
         names = [read_name(text)[0] for text in self.methods]
+        for name, text in map(read_name, self.methods):
+            if name != text and name in (*METHODS, "naturals", "real"):
+                raise StillroomError(f"grid.methods calls {text!r} {name!r}, which is another set's name; give another")
         if repeated := {name for name in names if names.count(name) > 1}:
             raise StillroomError(f"grid.methods calls several {', '.join(sorted(repeated))}; give each its own name")
         if self.scores and self.budget == "bytes":
@@ -172,8 +175,8 @@ def plan_entries(comparison: Comparison, real: RealData) -> tuple[list[Entry], l
             try:
                 entries += plan_method(name, text, replace(base, ipc=ipc), grid, real, entries)
             except StillroomError as error:
-                said = str(error).replace("--ipc", "--grid.ipc") if grid.ipc else str(error)
-                refused.append(f"{name}, ipc {ipc}: {said}")
+                said = str(error).replace("--ipc", "--grid.ipc")
+                refused.append(f"{name}, ipc {ipc}{'' if grid.ipc else ' (the recipe has it)'}: {said}")
     for name, text in named:
         if text.startswith(FOLDER):
             try:
@@ -237,39 +240,42 @@ def plan_folder(name: str, text: str, base: Recipe, grid: Grid, real: RealData) 
     ipc, its = distilled.manifest.ipc, distilled.manifest.label_kind
     # Its method may be nobody's here; the recipe says who labels it, and that random images stand beside it.
     base = replace(base, method=base.method if base.method != "random" else "infer", ipc=ipc)
-    matched: dict[tuple[str, int, bool], list[LabelKind]] = {}
+    entries = []
+    matched: dict[int, list[LabelKind]] = {}
     for kind in kinds_of(base.labels, its == "learned"):
-        matched.setdefault((name, count_random(distilled, base, grid, real, kind), False), []).append(kind)
+        matched.setdefault(count_random(distilled, base, grid, real, kind, own=kind == "learned"), []).append(kind)
+    for count, kinds in matched.items():
+        entries.append(Entry(name, text, count, replace(base, labels=tuple(kinds)), folder))
     fits = with_batches_of(base.student.train, distilled) == base.student.train
     if its in ("static", "replayed") and fits and not set(base.labels) <= {"hard", "learned"}:
-        matched[name + OWN_LABELS, count_random(distilled, base, grid, real, its), True] = [its]
-    entries = []
-    for (called, count, own), kinds in matched.items():
-        recipe = replace(base, labels=tuple(kinds))
-        if own and (stored := distilled.manifest.pool) is not None:
+        recipe, stored = replace(base, labels=(its,)), distilled.manifest.pool
+        if stored is not None:
             recipe = replace(recipe, pool=PoolConfig(stored.epochs, stored.encoding, stored.seed))
-        others = tuple(kind for kind in kinds if kind != "learned") or ("hard",)
-        check_recipe(replace(recipe, method="random", ipc=count, labels=others), real)
-        entries.append(Entry(called, text, count, recipe, folder, own))
+        count = count_random(distilled, recipe, grid, real, its, own=True)
+        entries.append(Entry(name + OWN_LABELS, text, count, recipe, folder, own_labels=True))
+    for entry in entries:
+        others = tuple(kind for kind in entry.recipe.labels if kind != "learned") or ("hard",)
+        check_recipe(replace(entry.recipe, method="random", ipc=entry.budget_ipc, labels=others), real)
     return entries
 
 
-def count_random(distilled: DistilledSet, base: Recipe, grid: Grid, real: RealData, labels: LabelKind) -> int:
+def count_random(
+    distilled: DistilledSet, recipe: Recipe, grid: Grid, real: RealData, labels: LabelKind, own: bool
+) -> int:
     """Return how many random images per class a set that is there already is compared with: as many as its ipc says,
-    or, by bytes, as many as its raw bytes with such labels would hold."""
+    or, by bytes, as many as its raw bytes with such labels would hold; `own`: with the labels that it has."""
     if grid.budget == "ipc":
         return distilled.manifest.ipc
-    held = distilled_bytes(distilled, base, labels)
-    most = len(real.train) // real.classes
-    counts = range(1, most + 1)
-    fitting = [n for n in counts if raw_bytes(replace(base, method="random", ipc=n), real, labels) <= held]
+    held = distilled_bytes(distilled, recipe, labels, own)
+    counts = range(1, len(real.train) // real.classes + 1)
+    fitting = [n for n in counts if raw_bytes(replace(recipe, method="random", ipc=n), real, labels) <= held]
     return max(fitting, default=1)
 
 
-def distilled_bytes(distilled: DistilledSet, recipe: Recipe, labels: LabelKind) -> int:
-    """Return the raw bytes of a set with labels of a kind: those that it stores, or else the recipe's."""
+def distilled_bytes(distilled: DistilledSet, recipe: Recipe, labels: LabelKind, own: bool) -> int:
+    """Return the raw bytes of a set with labels of a kind: its `own`, or those that the recipe would store."""
     parts = count_bytes(distilled).raw
-    if distilled.manifest.label_kind == labels:
+    if own:
         return sum(parts.values())
     classes, batch = len(distilled.manifest.class_names), recipe.student.train.batch_size
     stored = count_label_bytes(labels, distilled.view_count, classes, recipe.pool, batch)
@@ -319,6 +325,13 @@ def slug(name: str) -> str:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:6]
     return f"{re.sub(r'[^a-zA-Z0-9_.]+', '-', name)[:60]}-{digest}"
+
+
+def random_entry(entry: Entry, usual_seed: int) -> Entry:
+    """Return the entry of the random images beside a set: of its budget and draw; `usual_seed`: the grid's draw."""
+    recipe = replace(entry.recipe, method="random", ipc=entry.budget_ipc)  # of equal bytes, where those count
+    text = "random" if recipe.distill_seed == usual_seed else f"random:distill_seed={recipe.distill_seed}"
+    return Entry(text, text, entry.budget_ipc, recipe)
 
 
 def set_name(entry: Entry) -> str:

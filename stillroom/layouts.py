@@ -142,6 +142,8 @@ def _open_folders(root: Path, layout: PublishedLayout) -> Source:
         odd = next((entry.name for entry in files if not entry.is_file()), None)
         if odd is not None:
             hint = f"; give {root / folder}" if folder in ("train", "test", "val") else "; remove it"
+            if folder == "images" and (root / "images.pt").is_file():
+                hint = f": this is DD-Ranking's layout, of which the images are read; give {root / folder}"
             raise StillroomError(f"import: {root / folder} holds {odd!r}, which is no image file{hint}")
         paths += [f"{folder}/{entry.name}" for entry in files]
         labels += [label] * len(files)

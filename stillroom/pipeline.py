@@ -33,7 +33,7 @@ from stillroom.networks import build_network
 from stillroom.protocols import name_protocol
 from stillroom.recipes import EXPECTED, RECIPES, Recipe
 from stillroom.run import Run, Task
-from stillroom.students import Evaluation, evaluate, steps_for
+from stillroom.students import Evaluation, evaluate, hash_labels, steps_for
 from stillroom.teachers import Teacher, check_config, load_teachers
 
 
@@ -158,14 +158,14 @@ def distill_recipe(recipe: Recipe, run: Run, real: RealData, teachers: list[Teac
     """
     folder = None if run.directory is None else run.directory / "distilled"
     hashes = [teacher.hash for teacher in teachers]
-    if folder is not None and run.unit_done("distilled"):
-        made_by = run.load_unit("distilled")[0].get("teachers", hashes)
+    if folder is not None and (finished := run.finished("distilled")) is not None:
+        made_by = finished[0].get("teachers", hashes)
         if made_by and hashes and made_by != hashes:  # random images with hard labels are nobody's
             raise StillroomError(
                 f"{str(folder)!r} was made with other teachers' weights; give another directory with --out"
             )
         if folder.exists():
-            return _read_back(folder, run.load_unit("distilled")[0].get("files"))
+            return _read_back(folder, finished[0].get("files"))
     distill = METHODS[recipe.method].distill
     distilled = distill(real, teachers, recipe.ipc, recipe.method_config, recipe.distill_seed, plan, run)
     check_made(recipe, real, teachers, distilled)
@@ -330,12 +330,18 @@ def build_cells(
     method, labelled_by = called or recipe.method, labellers(recipe, teachers)
     # Sets that other teachers label too, in one table, are told apart.
     labels_by = "" if recipe.labelled_by is None else f"-by-{_short(' '.join(recipe.labelled_by))}"
+    own_by = f"-own-{_short(hash_labels(distilled, []))}" if own_labels else ""
     sets: dict[str, DistilledSet] = {method: distilled}
     views = replace(distilled.manifest.views, naturals_as_views=True)  # controls are read like the method's set
     if recipe.controls:
         if distilled.compensators is not None:
             bare = distilled.with_labels(None)
-            sets["naturals"] = replace(bare, compensators=None, manifest=replace(bare.manifest, views=views))
+            naturals = replace(bare, compensators=None, manifest=replace(bare.manifest, views=views))
+            if not own_labels:
+                sets["naturals"] = naturals
+            elif distilled.soft_labels is not None and distilled.manifest.views.naturals_as_views:
+                # By the same labels: its own of the naturals, which come first.
+                sets["naturals"] = naturals.with_labels(distilled.soft_labels[: len(distilled.images)])
         if recipe.method != "random":
             if random is None:
                 config = METHODS["random"].config()
@@ -359,13 +365,16 @@ def build_cells(
     for labels in recipe.labels:
         train = recipe.student.train_for(labels)
         own, steps = functools.partial(labelled, method, labels), steps_for(distilled, train)
-        by = "-own" if own_labels else labels_by if labels not in ("hard", "learned") else ""
+        by = own_by or (labels_by if labels not in ("hard", "learned") else "")
         cells.append(Cell(f"{_unit(distilled)}-{labels}{by}-{steps}", method, labels, (), own, steps))
         controls = [("random", "hard"), ("random", labels), ("naturals", labels)]
         for name, kind in dict.fromkeys(controls):
             if name == method or name not in sets or kind == "learned":
                 continue
-            control, by = functools.partial(labelled, name, kind), labels_by if kind != "hard" else ""
+            control = functools.partial(labelled, name, kind)
+            by = own_by if name == "naturals" and own_by else labels_by if kind != "hard" else ""
+            if own_by and kind == "replayed":  # by the set's pool, which may not be the table's
+                by += f"-{recipe.pool.epochs}-{recipe.pool.encoding}-{recipe.pool.seed}"
             budgets: tuple[tuple[Literal["equal epochs", "equal steps"], int], ...] = (
                 ("equal epochs", steps_for(sets[name], train)),
                 ("equal steps", steps),

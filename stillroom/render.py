@@ -56,10 +56,17 @@ def _share(ratio: str) -> Callable[[Row], str]:
 
 
 def _show_ipc(row: Row) -> str:
-    text = str(row["ipc"]) if row["ipc"] == row["matched_ipc"] else f"{row['ipc']} (as bytes: {row['matched_ipc']})"
-    if "byte_budget" in row and "bytes" in row:
-        text += f", {sum(row['bytes']['raw'].values()) / row['byte_budget']:.0%} of the bytes"
-    return text
+    return str(row["ipc"]) if row["ipc"] == row["matched_ipc"] else f"{row['ipc']} (as bytes: {row['matched_ipc']})"
+
+
+def _show_byte_budget(row: Row) -> str:
+    if "byte_budget" not in row:
+        return "-"
+    return f"{sum(row['bytes']['raw'].values()) / row['byte_budget']:.0%} of {row['byte_budget']:,}"
+
+
+def _show_seconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}"
 
 
 def _show_label_bytes(row: Row) -> str:
@@ -91,7 +98,12 @@ FIRST = (
         "what made the set, by the settings named; set:FOLDER is one that was there already",
         lambda row: row["method"],
     ),
-    Column("ipc", "the budget: images per class; in brackets the ipc of the set that has as many bytes", _show_ipc),
+    Column(
+        "ipc",
+        "the budget: images per class, of random images too; of set:FOLDER its own. Where bytes are the budget: random "
+        "images per class, whose bytes it is, and in brackets the ipc of the set that has as many",
+        _show_ipc,
+    ),
     Column(
         "labels",
         "hard: classes. static: logits of this table's teachers, stored once for every view. replayed: theirs on "
@@ -153,6 +165,10 @@ PARTS: dict[str, tuple[Column, ...]] = {
         Column("compensators, bytes", "raw bytes of its compensators as stored", _size("compensators")),
         Column("labels, bytes", "raw bytes of stored soft labels; class indices count nothing", _show_label_bytes),
         Column(
+            "byte budget", "raw bytes as a share of those of ipc random images a class with such labels",
+            _show_byte_budget,
+        ),
+        Column(
             "stored, bytes", "bytes of its files: encoded images, compensators, labels",
             lambda row: f"{sum(row['bytes']['stored'].values()):,}",
         ),
@@ -167,10 +183,14 @@ PARTS: dict[str, tuple[Column, ...]] = {
             _share("paper_ratio"),
         ),
         Column(
-            "distil s", "seconds in which the set was made, teachers apart",
-            lambda row: "-" if row["seconds"]["distil"] is None else f"{row['seconds']['distil']:.0f}",
+            "distil s",
+            "seconds in which the set was made, teachers apart; what several budgets share counts for the first",
+            lambda row: _show_seconds(row["seconds"]["distil"]),
         ),
-        Column("train s", "seconds of a student's training, mean over seeds", lambda r: f"{r['seconds']['train']:.0f}"),
+        Column(
+            "train s", "seconds of a student's training, mean over seeds",
+            lambda row: _show_seconds(row["seconds"]["train"]),
+        ),
         Column(
             "duplication",
             "mean cosine similarity of two views of a class in the first teacher's penultimate features, 1: all alike",
@@ -242,9 +262,15 @@ def parts_of(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[st
     return parts
 
 
+def columns_of(parts: Sequence[tuple[str, list[str], list[list[str]]]]) -> list[Column]:
+    """Return the columns that are in any of the parts, in their order."""
+    shown = {name for _, header, _ in parts for name in header}
+    return [c for c in (*FIRST, *(column for part in PARTS.values() for column in part)) if c.name in shown]
+
+
 def failures_of(results: dict[str, Any]) -> list[str]:
-    """Return a sentence for every cell, control or score of a comparison that failed."""
-    said = []
+    """Return a sentence for every cell, control, score or training on real images of a comparison that failed."""
+    said = [f"failed: {error}" for error in results.get("real", {}).values() if isinstance(error, str)]
     for row in results["rows"]:
         of = f"{row['method']}, ipc {row['ipc']}, {row['labels']}, {row['student']}"
         said += [f"failed: {of}: {row['error']}"] if "error" in row else []
@@ -255,25 +281,24 @@ def failures_of(results: dict[str, Any]) -> list[str]:
 def render_markdown(results: dict[str, Any]) -> str:
     """Return a comparison's parts as Markdown: what they are of, pipe tables under titles, what failed, a legend."""
     parts = parts_of(results)
-    shown = {name for _, header, _ in parts for name in header}
-    columns = [*FIRST, *(column for part in PARTS.values() for column in part)]
     return "\n".join(
         [
             one_line(caption_of(results)) + "\n",
             *(f"**{title}**\n\n{to_markdown(header, rows)}" for title, header, rows in parts),
             *(f"- {one_line(said)}\n" for said in failures_of(results)),
             "Columns:\n",
-            *(f"- *{column.name}*: {column.what}" for column in columns if column.name in shown),
+            *(f"- *{column.name}*: {column.what}" for column in columns_of(parts)),
             "",
         ]
     )
 
 
 def render_latex(results: dict[str, Any]) -> str:
-    """Return a comparison's parts as LaTeX: a tabular each, with what it is of as a comment before it."""
-    return "\n".join(
-        to_latex(header, rows, f"{title}. {caption_of(results)}") for title, header, rows in parts_of(results)
-    )
+    """Return a comparison's parts as LaTeX: a tabular each, and as comments what it is of and a legend."""
+    parts = parts_of(results)
+    tables = [to_latex(header, rows, f"{title}. {caption_of(results)}") for title, header, rows in parts]
+    said = [*failures_of(results), *(f"{column.name}: {column.what}" for column in columns_of(parts))]
+    return "\n".join([*tables, *(f"% {one_line(text)}" for text in said), ""])
 
 
 FORMATS: dict[str, Callable[[dict[str, Any]], str]] = {"md": render_markdown, "tex": render_latex}

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 CHECKPOINT_SECONDS = 60.0
+UNIT_SUFFIXES = (".json", ".safetensors")
 
 Result = TypeVar("Result")
 Made = tuple[dict[str, Any], dict[str, Tensor]]  # a unit's small results, and its tensors
@@ -220,7 +221,7 @@ class Run:
             return False
         if self.worker is not None:  # a network file system remembers a missing file until its folder is opened anew
             os.close(os.open(self.directory / "units", os.O_RDONLY))
-        return any(self._unit(name, s).exists() for s in (".json", ".safetensors"))
+        return any(self._unit(name, s).exists() for s in UNIT_SUFFIXES)
 
     def carry_out(self, tasks: Sequence[Task]) -> list[Made]:
         """Return result and tensors of every task: of its finished unit, or made now, in their order.
@@ -261,13 +262,13 @@ class Run:
 
     def _made(self, task: Task) -> Made | None:
         """Return the unit, finished or made now; None where another worker is at it."""
-        if (made := self._finished(task)) is not None:
+        if (made := self._fitting(task)) is not None:
             return made
         if self.worker is None:
             made = self._make(task)
         elif self.worker.claim(task.name):
             try:
-                made = self._finished(task) or self._make(task)  # by another one, before it was this one's
+                made = self._fitting(task) or self._make(task)  # by another one, before it was this one's
             finally:
                 self.worker.release(task.name)
         else:
@@ -275,18 +276,22 @@ class Run:
         self.check_time()
         return made
 
-    def _finished(self, task: Task) -> Made | None:
-        """Return the unit where it is finished; one whose file is damaged is put aside, to be made anew."""
+    def _fitting(self, task: Task) -> Made | None:
+        made = self.finished(task.name)
+        return made if made is not None and task.fits(made[0]) else None
+
+    def finished(self, name: str) -> Made | None:
+        """Return result and tensors of the unit where it is finished; one whose file is damaged is put aside, to be
+        made anew."""
         try:
-            made = self.load_unit(task.name) if self.unit_done(task.name) else None
+            return self.load_unit(name) if self.unit_done(name) else None
         except DamagedFileError:
-            for path in (self._unit(task.name, suffix) for suffix in (".json", ".safetensors")):
+            for path in (self._unit(name, suffix) for suffix in UNIT_SUFFIXES):
                 with contextlib.suppress(FileNotFoundError):
                     kept = path.rename(path.with_name(f"{path.name}.damaged"))
                     self.notice(f"{path} was damaged or edited after it was written; it is kept as {kept.name!r}, and "
                                 "made anew")  # fmt: skip
             return None
-        return made if made is not None and task.fits(made[0]) else None
 
     def _make(self, task: Task) -> Made:
         result, tensors = task.make()
@@ -493,6 +498,16 @@ class Checkpoint:
     def remove(self) -> None:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+
+
+def finished_units(directory: Path) -> list[str]:
+    """Return the names of the units that are finished in a run's directory, and in the runs of a comparison's sets."""
+    return sorted(
+        path.stem
+        for folder in (directory / "units", *(directory / "sets").glob("*/units"))
+        for path in folder.glob("*")
+        if path.suffix in UNIT_SUFFIXES and not path.name.startswith(".")
+    )
 
 
 def _lock(directory: Path, shared: bool) -> Any:

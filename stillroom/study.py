@@ -153,7 +153,7 @@ class Study:
 
     def results(self, name: str) -> list[dict[str, Any]]:
         """Return the files `name` of the runs that have one: comparison.json, results.json."""
-        return [read_json(run / name) for run in self.runs if (run / name).exists()]
+        return [read_results(run / name) for run in self.runs if (run / name).exists()]
 
     # -- data, teachers, sets ------------------------------------------------------------------------------------
 
@@ -220,7 +220,7 @@ class Study:
         results = self.runs[0] / "comparison.json"
         kinds = self.settings.get("labels", ())
         if results.exists():
-            kinds = [row["labels"] for row in read_json(results)["rows"]]
+            kinds = [row["labels"] for row in read_results(results)["rows"]]
         fitting = [kind for kind in ("static", "hard", "dynamic") if kind in kinds]
         return (fitting or ["static"])[0]
 
@@ -301,6 +301,14 @@ class Study:
         return read_plain(self.settings.get(name, {}), default, file, self.keep.notice)  # type: ignore[no-any-return]
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """Return results.json of a run or comparison.json; raises StillroomError where it is not what these write."""
+    results, rows = read_json(path), "rows" if path.name == "comparison.json" else "cells"
+    if not isinstance(results, dict) or not isinstance(results.get(rows), list):
+        raise StillroomError(f"{path} has no {rows}, so it was edited or damaged; its command writes it anew")
+    return results
+
+
 def find_sets(run: Path) -> list[Made]:
     """Return the distilled sets of a run or comparison, those of a comparison named and ordered by its table.
 
@@ -313,10 +321,12 @@ def find_sets(run: Path) -> list[Made]:
     made = []
     if (run / "sets").is_dir():
         results = run / "comparison.json"
-        rows = read_json(results)["rows"] if results.exists() else []
+        rows = read_results(results)["rows"] if results.exists() else []
         called: dict[str, str] = {}
         for row in rows:  # one set may have several rows; those of older versions do not say which it is
-            called.setdefault(row.get("set") or f"{slug(row['method'])}-ipc{row['matched_ipc']}", row["method"])
+            called.setdefault(row.get("set", f"{slug(row['method'])}-ipc{row['matched_ipc']}"), row["method"])
+        for row in rows:
+            called.setdefault(row.get("random_set"), "random")
         folders = {path.name: path for path in (run / "sets").iterdir() if (path / "distilled/manifest.json").exists()}
         for name in [name for name in called if name in folders] or sorted(folders):  # what the table is of
             method, _, ipc = name.rpartition("-ipc")

@@ -287,10 +287,18 @@ def test_random_images_with_hard_labels_train_no_teachers_and_the_grid_still_gro
     assert grown["rows"][0]["top1"] == alone["rows"][0]["top1"]
 
 
+@pytest.mark.parametrize(
+    ("methods", "ipc"),
+    [
+        (("random", "infer", "herding"), (4, 5)),
+        (("infer", "again=infer:distill_seed=1"), ()),
+        (("plain=random", "infer", "bare=infer:compensators=false", "random:labelled_by=[toynet]"), ()),
+    ],
+)
 def test_a_dry_run_counts_every_training_once_and_writes_nothing(
-    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, methods: tuple[str, ...], ipc: tuple[int, ...]
 ) -> None:
-    comparison = comparison_of(toy_recipe, Grid(methods=("random", "infer", "herding"), ipc=(4, 5)))
+    comparison = comparison_of(toy_recipe, Grid(methods=methods, ipc=ipc))
     with monkeypatch.context() as patch:
         patch.setattr(estimate, "_time_training", lambda *_: (1.0, 0))  # seconds are steps
         patch.setattr(estimate, "_time_labels", lambda *_: 0.0)
@@ -302,6 +310,15 @@ def test_a_dry_run_counts_every_training_once_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["compare", "toy", "--grid.methods", "random", "infer", "--dry-run"]) == cli.OK
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_counts_the_students_on_all_real_images(toy_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NETWORKS, "other", NETWORKS["toynet"])
+    found = {}
+    for real in (False, True):
+        comparison = comparison_of(toy_recipe, Grid(methods=("random",), students=("toynet", "other"), real=real))
+        found[real] = {stage.name for stage in estimate.estimate_comparison(comparison)[0]}
+    assert found[True] - found[False] == {"on all real images, other"}
 
 
 def test_a_dry_run_tells_of_what_is_there_already(
@@ -450,7 +467,7 @@ def test_the_whole_grid_runs_on_digits_by_images_and_by_bytes(tmp_path: Path) ->
 
 
 def test_the_same_method_twice_under_two_names_is_refused(toy_recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(StillroomError, match=r"infer:steps=4, ipc 4: it is the same as 'infer'; leave one"):
+    with pytest.raises(StillroomError, match=r"infer:steps=4, ipc 4 .*: it is the same as 'infer'; leave one"):
         run_grid(toy_recipe, tmp_path / "run", methods=("infer", "infer:steps=4"))
 
 
@@ -973,11 +990,13 @@ def test_what_a_set_uses_of_its_byte_budget_is_shown(toy_recipe: Recipe, tmp_pat
     assert infer["byte_budget"] == sum(random["bytes"]["raw"].values())
     share = sum(infer["bytes"]["raw"].values()) / infer["byte_budget"]
     assert 0.5 < share < 1
-    _, texts = render.table_of(results)
-    assert (texts[0][1], texts[1][1]) == (
-        "4, 100% of the bytes",
-        f"4 (as bytes: {infer['matched_ipc']}), {share:.0%} of the bytes",
-    )
+    header, texts = render.table_of(results)
+    place = header.index("byte budget")
+    budget = f"{infer['byte_budget']:,}"
+    assert [(row[1], row[place]) for row in texts] == [
+        ("4", f"100% of {budget}"),
+        (f"4 (as bytes: {infer['matched_ipc']})", f"{share:.0%} of {budget}"),
+    ]
 
 
 def test_what_the_table_before_had_and_this_command_does_not_name_is_told_of(
@@ -1012,3 +1031,105 @@ def test_students_of_the_grid_have_rows_of_their_own_and_unknown_ones_are_refuse
     assert [row["student"] for row in rows] == ["toynet", "other"]
     with pytest.raises(StillroomError, match="student nobody: "):
         run_grid(recipe, tmp_path / "run", methods=("random",), students=("nobody",))
+
+
+@pytest.mark.parametrize("text", ["random=herding", "naturals=infer", "real=random", "herding=random"])
+def test_a_set_cannot_have_the_name_of_another(text: str) -> None:
+    """Controls are kept by theirs."""
+    with pytest.raises(StillroomError, match=r"which is another set's name; give another"):
+        Grid(methods=(text,))
+
+
+def pooled(recipe: Recipe, folder: Path, epochs: int) -> str:
+    """A set with compensators and replayed labels of so many epochs, as a grid asks for it."""
+    own = replace(recipe, labels=("replayed",), pool=PoolConfig(epochs=epochs))
+    with Run(folder) as run:
+        pipeline.make_recipe_set(own, run)
+    return f"set:{folder}"
+
+
+def test_sets_of_equal_images_with_labels_of_their_own_are_trained_apart(toy_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = replace(toy_recipe, labels=("static",), seeds=(0,), controls=False)
+    run_grid(recipe, tmp_path / "made", methods=("infer",))
+    mine = load_distilled(tmp_path / "made/sets/infer-ipc4/distilled")
+    for number in range(2):
+        mine.with_labels(torch.full((mine.view_count, 4), float(number)).half()).save(tmp_path / f"p{number}")
+    methods = tuple(f"p{number}=set:{tmp_path}/p{number}" for number in range(2))
+    rows = run_grid(recipe, tmp_path / "run", methods=methods)["rows"]
+    assert [row.get("error") for row in rows] == [None] * 4
+    assert len(list((tmp_path / "run/units").glob("student-*"))) == 3  # the table's labels once, and two sets' own
+
+
+def test_controls_by_the_pool_of_a_set_are_not_those_by_the_pool_of_the_table(
+    toy_recipe: Recipe, tmp_path: Path
+) -> None:
+    recipe = replace(toy_recipe, seeds=(0,))
+    ready = pooled(recipe, tmp_path / "made", 1)
+    asked = replace(recipe, labels=("replayed",), pool=PoolConfig(epochs=3))
+    rows = run_grid(asked, tmp_path / "run", methods=(f"theirs={ready}",))["rows"]
+    assert [row["method"] for row in rows] == ["theirs", "theirs, its own labels"]
+    assert [row.get("failed") for row in rows] == [None, None]
+    assert not any("naturals" in name for name in rows[1]["differences"])  # nobody labelled these for its batches
+
+
+def test_by_bytes_a_set_is_counted_with_the_labels_of_its_row(toy_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = replace(toy_recipe, seeds=(0,))
+    ready = pooled(recipe, tmp_path / "made", 1)
+    asked = replace(recipe, labels=("replayed",), pool=PoolConfig(epochs=20))
+    rows = run_grid(asked, tmp_path / "run", methods=(f"theirs={ready}",), budget="bytes")["rows"]
+    real = load_real(recipe.data)
+    for row, pool in zip(rows, (PoolConfig(epochs=20), PoolConfig(epochs=1)), strict=True):
+        held = sum(row["bytes"]["raw"].values())
+        random = [
+            grid.raw_bytes(replace(asked, method="random", ipc=count, pool=pool), real, "replayed")
+            for count in (row["ipc"], row["ipc"] + 1)
+        ]
+        assert random[0] <= held < random[1]
+        assert row["byte_budget"] == random[0]
+
+
+def test_a_name_given_to_another_set_does_not_show_the_numbers_of_the_first(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(toy_recipe, labels=("hard",), seeds=(0,))
+    run_grid(recipe, tmp_path / "run", methods=("x=infer", "herding"))
+    make = compare.compare_entry
+
+    def stop(entry: grid.Entry, work: compare.Work) -> Any:
+        if entry.name == "x":
+            raise TimeLimitReached("time limit")
+        return make(entry, work)
+
+    monkeypatch.setattr(compare, "compare_entry", stop)
+    with pytest.raises(TimeLimitReached):
+        run_grid(recipe, tmp_path / "run", methods=("herding", "x=infer:distill_seed=1"))
+    rows = json.loads((tmp_path / "run/comparison.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["herding"]
+
+
+def test_students_on_all_real_images_that_fail_are_told_of(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(NETWORKS, "other", NETWORKS["toynet"])
+    load = compare.load_teachers
+
+    def fail(real: Any, config: Any, *rest: Any) -> Any:
+        if config.networks == ("other",):
+            raise MemoryError("too large")
+        return load(real, config, *rest)
+
+    monkeypatch.setattr(compare, "load_teachers", fail)
+    recipe = replace(toy_recipe, labels=("hard",), seeds=(0,))
+    results = run_grid(recipe, tmp_path / "run", methods=("random",), students=("other",), real=True)
+    assert render.failures_of(results) == ["failed: other on all real images: too large"]
+    for suffix in ("md", "tex"):
+        assert "other on all real images: too large" in (tmp_path / f"run/table.{suffix}").read_text()
+
+
+def test_a_damaged_record_of_a_finished_set_is_written_anew(toy_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = replace(toy_recipe, labels=("hard",), seeds=(0,))
+    (before,) = run_grid(recipe, tmp_path / "run", methods=("infer",))["rows"]
+    unit = tmp_path / "run/sets/infer-ipc4/units/distilled.json"
+    unit.write_bytes(unit.read_bytes()[:-5])
+    (row,) = run_grid(recipe, tmp_path / "run", methods=("infer",))["rows"]
+    assert (row.get("error"), row["top1"]) == (None, before["top1"])

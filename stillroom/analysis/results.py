@@ -28,6 +28,8 @@ def measure_tradeoff(study: Study) -> Tradeoff:
         )
     if study.config.sets:
         rows = [row for row in rows if row["method"] in study.config.sets]
+    if len({row["student"] for row in rows}) > 1:  # of each network a line of its own
+        rows = [row | {"method": f"{row['method']}, {row['student']}"} for row in rows]
     points = [_point(row) for row in rows] + list(_matched_random(rows))
     return Tradeoff(
         dataset=comparisons[0]["dataset"]["name"],
@@ -53,7 +55,7 @@ def _point(row: dict[str, Any]) -> dict[str, Any]:
 
 def _matched_random(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield random images in other methods' steps, where these are not their own; only differences to them are kept."""
-    random = {(r["ipc"], r["labels"], r["student"]): r for r in rows if r["method"] == "random"}
+    random = {(r["ipc"], r["labels"], r["student"]): r for r in rows if r["method"].split(", ")[0] == "random"}
     for row in rows:
         own = random.get((row["ipc"], row["labels"], row["student"]))
         difference = row["differences"].get(f"random + {row['labels']}, equal steps")
