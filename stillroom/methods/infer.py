@@ -37,7 +37,7 @@ from stillroom.methods.recover import (
     draw_augment,
     made_once,
 )
-from stillroom.methods.select import Content, describe_set, draw_naturals, take_naturals
+from stillroom.methods.select import Content, describe_set, draw_naturals, find_originals, take_naturals
 from stillroom.run import Run, Task
 from stillroom.teachers import Teacher
 from stillroom.train import apply_normalization
@@ -204,7 +204,9 @@ def distill(
         ViewSettings(config.naturals_as_views, config.clip, config.view_encoding),
     )
     slot_of = torch.arange(slots).repeat_interleave(real.classes)
-    return DistilledSet(images, labels, slot_of, stored, None, manifest)
+    # Prepared naturals come without their files.
+    originals = None if config.naturals is not None else find_originals(real, draw_naturals(real, slots, seed))
+    return DistilledSet(images, labels, slot_of, stored, None, manifest, originals=originals)
 
 
 def recover_compensators(
