@@ -14,7 +14,8 @@
 Trained teachers are kept in a cache: --teachers.cache DIR (clean: --cache DIR), or else the environment variable
 STILLROOM_CACHE, or else ~/.cache/stillroom.
 
-Several workers share one run by --engine shared, each the same command, or by --engine ray (docs/cluster.md).
+Several workers share one run by --engine shared, each the same command, or by --engine ray; several GPUs share each
+training by torchrun -m stillroom.cli ... (docs/cluster.md).
 
 Exit codes: 0 done; 1 could not be done (the message says why); 2 wrong usage; 3 stopped by --time-limit or a signal,
 with everything saved: the same command goes on.
@@ -32,7 +33,7 @@ from typing import Annotated, Literal, TypeVar
 import torch
 import tyro
 
-from stillroom import __version__
+from stillroom import __version__, together
 from stillroom.cluster import spread
 from stillroom.compare import compare
 from stillroom.compute import ComputeConfig, Plan, resolve_plan
@@ -81,6 +82,7 @@ from stillroom.teachers import (
     load_teachers,
     untrained_teachers,
 )
+from stillroom.train import help_others
 from stillroom.workers import name_worker
 
 OK, FAILED, USAGE, STOPPED = 0, 1, 2, 3
@@ -206,6 +208,18 @@ Result = TypeVar("Result")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     words = sys.argv[1:] if argv is None else argv
+    if not together.launched():
+        return _carry_out_words(words)
+    if not together.join():
+        help_others()
+        return OK
+    try:
+        return _carry_out_words(words)
+    finally:
+        together.leave()
+
+
+def _carry_out_words(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
         return OK if words else USAGE
@@ -556,6 +570,8 @@ def _carry_out(command: RecipeCommand | EvaluateCommand, work: Callable[[Compute
     else:
         directory, compute, teachers = command.out, command.compute, command.teachers
     limit = parse_duration(command.time_limit)
+    if command.engine != "local" and together.launched():
+        raise UsageError(f"torchrun's processes share each training, --engine {command.engine} the units: use one")
     if command.engine == "ray":
         assert directory is not None  # or the command was refused
         cache = cache_root(teachers.cache).resolve()

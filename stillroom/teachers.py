@@ -185,7 +185,11 @@ def teacher_key(name: str, real: RealData, config: TeachersConfig, plan: Plan) -
         "steps": config.steps_for(len(real.train)),
         "seed": config.seed,
         # Not how recoveries are cut, nor which of several cards: `processor` names the kind.
-        "plan": {k: v for k, v in plan.as_dict().items() if k not in ("pack_slots", "chunk_images")}
+        "plan": {
+            k: v
+            for k, v in plan.as_dict().items()
+            if k not in ("pack_slots", "chunk_images") and (k, v) != ("processes", 1)
+        }
         | {"device": plan.device.split(":")[0]},
         **{name: importlib.metadata.version(name) for name in ("torchvision", "timm")},
     }
