@@ -31,7 +31,7 @@ from stillroom.networks import NETWORKS, build_network
 from stillroom.run import Run
 from stillroom.students import evaluate
 from stillroom.teachers import TeachersConfig, cache_entry
-from stillroom.train import TrainConfig
+from stillroom.train import Epochs, TrainConfig, apply_normalization, fit
 
 # The numerical plan: what two processes make is what one makes, to this part of the largest weight.
 TOLERANCE = 1e-4
@@ -113,13 +113,19 @@ def test_what_two_processes_make_does_not_depend_on_whether_they_were_stopped(
     assert not list(pair.folder.iterdir())
 
 
-def test_dropout_is_not_drawn_alike_by_both(toy: RealData, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    nets = DropoutNet(0), DropoutNet(0)
-    train(toy, pair.plan, Run(), nets[0])
-    give = together.hand_out
-    monkeypatch.setattr(together, "hand_out", lambda images, targets, rate, seed: give(images, targets, rate, seed - 1))
-    train(toy, pair.plan, Run(), nets[1])  # the helper draws by the seed that this process has, and this one did
-    assert not torch.equal(nets[0][8].weight, nets[1][8].weight)
+def test_dropout_is_not_drawn_alike_by_both(toy: RealData, plan: Plan, pair: Pair) -> None:
+    """Of a batch of two equal halves, two processes that drew alike would learn what one learns of a half."""
+
+    def learn(net: nn.Module, plan: Plan, times: int) -> nn.Module:
+        images = apply_normalization(toy.train.batch(torch.arange(8)), toy.mean, toy.std).repeat(times, 1, 1, 1)
+        labels, run, config = toy.train.labels[:8].repeat(times), Run(), replace(SGD, epochs=1, batch_size=8 * times)
+        epochs, loss = Epochs(8 * times, 8 * times, 0, ("unit",)), nn.functional.cross_entropy
+        fit(net, config, epochs, lambda *_: (images, labels), loss, plan, run, run.checkpoint("unit"), label="unit")
+        return net
+
+    assert_close(learn(ToyNet(0), plan, 1)[-1], learn(ToyNet(0), pair.plan, 2)[-1])
+    with pytest.raises(AssertionError):
+        assert_close(learn(DropoutNet(0), plan, 1)[-1], learn(DropoutNet(0), pair.plan, 2)[-1])
 
 
 def test_a_student_of_two_processes_reaches_what_that_of_one_does(

@@ -25,7 +25,7 @@ from stillroom.compute import Plan
 from stillroom.data import RealData
 from stillroom.distilled import DistilledSet, quantize_compensators
 from stillroom.errors import StillroomError, check_choices, suggest
-from stillroom.files import sha256_bytes
+from stillroom.files import load_torch, sha256_bytes
 from stillroom.manifest import ViewSettings
 from stillroom.methods.recover import (
     Descent,
@@ -150,7 +150,7 @@ def load_naturals(folder: Path | str, real: RealData, slots: int) -> tuple[Tenso
         if path.stat().st_size > 16 * math.prod(shape) + 2**20:
             raise StillroomError(f"naturals: {path} has {path.stat().st_size:,} bytes, too many for a tensor {shape}")
         try:
-            values = torch.load(path, map_location="cpu", weights_only=True)
+            values = load_torch(path)
         except Exception as error:  # damaged files, and pickles of more than tensors, raise many classes
             raise StillroomError(f"naturals: {path} is no torch file of a tensor alone: {str(error)[:200]}") from error
         if not isinstance(values, Tensor) or not values.is_floating_point() or list(values.shape) != shape:
