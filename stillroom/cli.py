@@ -509,6 +509,12 @@ def parse_recipe(name: str, words: list[str], kind: type[Command]) -> Command | 
         else:
             last = {"squeeze": "teachers", "distill": "set"}.get(name, "students")
             estimate = estimate_recipe(command.settings, last)
+        if finished := [path for part in ("units", "sets/*/units") for path in command.directory.glob(f"{part}/*")]:
+            students = sum(path.name.startswith("student-") for path in finished)
+            estimate[1].append(
+                f"{command.directory} holds {len(finished)} finished units, {students} of them students; what of this "
+                "work they are is not done again, though the plan counts it"
+            )
         show_estimate(f"{command.recipe}: plan of {command.directory}", *estimate)
         return None
     return command

@@ -28,10 +28,11 @@ from stillroom.analysis.duplication import feature_duplication
 from stillroom.compute import Plan
 from stillroom.data import FACTS, RealData
 from stillroom.distilled import DistilledSet, count_bytes, load_distilled
-from stillroom.errors import StillroomError
+from stillroom.errors import DamagedFileError, StillroomError
 from stillroom.files import read_json, write_atomic, write_json
-from stillroom.grid import Comparison, Entry, check_grid, raw_bytes, set_name, slug
-from stillroom.manifest import LabelKind
+from stillroom.grid import OWN_LABELS, Comparison, Entry, check_grid, raw_bytes, set_name, slug
+from stillroom.manifest import LabelKind, read_manifest
+from stillroom.markup import to_csv
 from stillroom.methods import METHODS
 from stillroom.paper import PAPER
 from stillroom.pipeline import (
@@ -47,7 +48,7 @@ from stillroom.pipeline import (
 )
 from stillroom.protocols import name_protocol
 from stillroom.recipes import EXPECTED, RECIPES, Recipe
-from stillroom.render import FORMATS, caption_of, records_of, table_of, to_csv
+from stillroom.render import FORMATS, records_of
 from stillroom.run import Run, Task
 from stillroom.scores import (
     augmentation_robust_score,
@@ -82,7 +83,6 @@ class Work:
     student: StudentConfig
     recipe: Recipe  # of the set whose turn it is
     done: dict[str, dict[str, Any]] = field(default_factory=dict)  # what was trained, by name of cell and student
-    sets: set[str] = field(default_factory=set)  # names of the sets that were made or read back
 
     @property
     def students(self) -> list[StudentConfig]:
@@ -123,9 +123,10 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
         comparison, run, lambda real: entries.extend(check_grid(comparison, real)), shared_settings, tuple(METHODS)
     )
     made_by = provenance(plan)
+    note_own_labels(entries, run)
     needed = any(entry.needs_teachers for entry in entries)
     teachers = load_teachers(real, comparison.teachers, plan, run) if needed else []
-    references = measure_references(comparison, real, plan, run)
+    references = measure_references(comparison, real, teachers, plan, run)
     work = Work(comparison, real, teachers, plan, run, references, comparison.student, comparison)
     results: dict[str, Any] = {
         "recipe": name,
@@ -133,6 +134,7 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
         "teachers": {t.name: {k: round(100 * v, 2) for k, v in t.accuracy.items()} for t in teachers},
         "seeds": list(comparison.seeds),
         "budget": comparison.grid.budget,
+        "real": references,
         "protocol": "",
         "rows": [],
         "trainings": work.done,
@@ -140,10 +142,13 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
         "settings": asdict(comparison),
     }
     # By the numbers of the entry and of its row. Those of the run before stand there until they are made again.
-    rows = read_rows(entries, work)
+    before = read_table(run)
+    rows = read_rows(before, entries, work)
     made: set[tuple[int, int]] = set()
+    units = run.made
 
     def fill(number: int) -> None:
+        nonlocal units
         for place, row in compare_entry(entries[number], work):
             if (number, place) in made:  # of an entry that was put off, read back
                 continue
@@ -155,20 +160,52 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
             run.event("row", **row)
             write_tables(results, directory)
             if not run.show:  # where there are no bars, in a file say
-                print(say_row(row), file=sys.stderr, flush=True)
+                print(say_row(row) + ("" if run.made > units else " (kept)"), file=sys.stderr, flush=True)
+            units = run.made
 
     for _ in run.in_any_order([functools.partial(fill, number) for number in range(len(entries))]):
         pass
-    if others := {path.name for path in (directory / "sets").glob("*/")} - work.sets:
-        run.notice(f"kept, but not in this table, since --grid.methods does not name them: {', '.join(sorted(others))}")
+    note_left_out(before, results, run)
     return results
 
 
-def read_rows(entries: Sequence[Entry], work: Work) -> dict[tuple[int, int], dict[str, Any]]:
-    """Return the rows that the directory's comparison.json has of these entries, of the same seeds and not failed."""
-    assert work.run.directory is not None
-    path = work.run.directory / "comparison.json"
-    stored = read_json(path) if path.exists() else {"rows": [], "seeds": [], "provenance": {}}
+def note_own_labels(entries: Sequence[Entry], run: Run) -> None:
+    """Tell of sets that came with soft labels which no row of the table is of."""
+    judged = {entry.folder for entry in entries if entry.own_labels}
+    for folder, name in {entry.folder: entry.name for entry in entries if entry.folder not in {None, *judged}}.items():
+        assert folder is not None
+        kind = read_manifest(folder).label_kind
+        if kind in ("static", "replayed"):
+            why = "only hard labels are compared" if kind == "static" else "they belong to batches of other students"
+            run.notice(f"{name}: no row has the {kind} labels that it came with, since {why}")
+
+
+def read_table(run: Run) -> dict[str, Any]:
+    """Return the comparison.json that the directory holds; of none, or of a damaged one, which is written anew, {}."""
+    assert run.directory is not None
+    path = run.directory / "comparison.json"
+    try:
+        return read_json(path) if path.exists() else {}  # type: ignore[no-any-return]
+    except DamagedFileError:
+        return {}
+
+
+def note_left_out(before: dict[str, Any], results: dict[str, Any], run: Run) -> None:
+    """Tell what the table before this one had and this one has not, since this command does not ask for it."""
+    parts = {"methods": "method", "ipc": "ipc", "labels": "labels", "students": "student"}
+    had, has = ({p: {row[k] for row in r.get("rows", ())} for p, k in parts.items()} for r in (before, results))
+    had["seeds"], has["seeds"] = set(before.get("seeds", ())), set(results["seeds"])
+    left = [f"{part} {', '.join(map(str, sorted(had[part] - has[part])))}" for part in had if had[part] - has[part]]
+    if left:
+        run.notice(
+            f"not in this table, but in the one before it: {'; '.join(left)}. A table has what its command names; all "
+            "that was made is kept, so a command that names these too makes one table of all"
+        )
+
+
+def read_rows(before: dict[str, Any], entries: Sequence[Entry], work: Work) -> dict[tuple[int, int], dict[str, Any]]:
+    """Return the rows that the table before has of these entries, of the same seeds and not failed."""
+    stored = {"rows": [], "seeds": [], "provenance": {}} | before
     same = ("libraries", "plan")  # of another version rows may have other keys
     here = json.loads(json.dumps(provenance(work.plan)))
     if stored["seeds"] != list(work.comparison.seeds) or any(stored["provenance"].get(k) != here[k] for k in same):
@@ -196,10 +233,13 @@ def say_row(row: dict[str, Any]) -> str:
 
 def note_label_gains(rows: list[dict[str, Any]]) -> None:
     """Add to each row by soft labels what it is ahead of the same set by hard labels, where that is among the rows."""
-    same = ("method", "ipc", "matched_ipc", "student")
-    hard = {tuple(row[k] for k in same): row["top1"] for row in rows if row["labels"] == "hard" and "error" not in row}
+
+    def set_of(row: dict[str, Any]) -> tuple[Any, ...]:
+        return (row["method"].removesuffix(OWN_LABELS), row["matched_ipc"], row["student"])
+
+    hard = {set_of(row): row["top1"] for row in rows if row["labels"] == "hard" and "error" not in row}
     for row in rows:
-        base = hard.get(tuple(row[k] for k in same))
+        base = hard.get(set_of(row))
         if base is not None and row["labels"] != "hard" and "error" not in row:
             row["over_hard"] = _paired(row["top1"], base)
 
@@ -207,9 +247,8 @@ def note_label_gains(rows: list[dict[str, Any]]) -> None:
 def write_tables(results: dict[str, Any], directory: Path) -> None:
     """Write what there is of a comparison as JSON, Markdown, LaTeX and CSV."""
     write_json(directory / "comparison.json", results)
-    header, texts = table_of(results)
     for suffix, render in FORMATS.items():
-        write_atomic(directory / f"table.{suffix}", render(header, texts, caption_of(results)).encode())
+        write_atomic(directory / f"table.{suffix}", render(results).encode())
     write_atomic(directory / "table.csv", to_csv(*records_of(results)).encode())
 
 
@@ -220,15 +259,20 @@ def shared_settings(settings: dict[str, Any], real: RealData) -> dict[str, Any]:
     return {k: v for k, v in kept.items() if k not in ("method", "ipc", "labels", "grid")} | always
 
 
-def measure_references(comparison: Comparison, real: RealData, plan: Plan, run: Run) -> dict[str, float | str]:
+def measure_references(
+    comparison: Comparison, real: RealData, teachers: list[Teacher], plan: Plan, run: Run
+) -> dict[str, float | str]:
     """Return each student network's accuracy when trained on all real images with hard labels, as teachers are.
 
-    One that cannot be trained so has a message instead, which its cells have for their scores.
+    Of networks that are among the teachers it is known; others are trained where the grid asks for it. One that cannot
+    be trained so has a message instead, which its cells have for their scores.
     """
-    if not comparison.grid.scores:
-        return {}
+    given = {text.partition("=")[0] for text in comparison.teachers.checkpoints}
+    trained = {t.name for t in teachers if comparison.teachers.source == "train" and t.name not in given}
     found: dict[str, float | str] = {}
     for name in comparison.grid.students or (comparison.student.network,):
+        if not (comparison.grid.scores or comparison.grid.real or name in trained):
+            continue
         config = replace(comparison.teachers, networks=(name,), checkpoints=(), source="train")
         try:
             found[name] = load_teachers(real, config, plan, run)[0].accuracy["top1"]
@@ -250,14 +294,15 @@ def compare_entry(entry: Entry, work: Work) -> Iterator[tuple[int, dict[str, Any
 
     def compare_labels(student: StudentConfig, labels: LabelKind) -> dict[str, Any]:
         # No random images have learned labels, to compare by.
-        scored = labels not in ("hard", "learned") and student.network in work.references
+        scored = work.comparison.grid.scores and labels not in ("hard", "learned") and not entry.own_labels
         recipe = replace(entry.recipe, student=student, labels=("hard", labels) if scored else (labels,))
         recipe = replace(recipe, controls=recipe.controls and not failed)
         own = replace(work, student=student, recipe=recipe)
         try:
             cells = build_cells(
-                recipe, distilled, work.real, work.teachers, work.plan, work.run, slug(entry.name), random
-            )
+                recipe, distilled, work.real, work.teachers, work.plan, work.run, slug(entry.name), random,
+                entry.own_labels,
+            )  # fmt: skip
             row = compare_cell(entry, distilled, labels, cells, own)
         except FAILURES as error:
             return _failed(entry, student, labels, error, work)
@@ -276,11 +321,13 @@ def compare_entry(entry: Entry, work: Work) -> Iterator[tuple[int, dict[str, Any
 
 def make_random(entry: Entry, work: Work) -> tuple[DistilledSet | None, dict[str, str]]:
     """Return the random control of an entry, or None, and why all of its controls are lost, if they are."""
-    if not work.comparison.controls or entry.name == "random":
+    if not work.comparison.controls or entry.recipe.method == "random":
         return None, {}
     recipe = replace(entry.recipe, method="random", ipc=entry.budget_ipc)  # of equal bytes, where those count
+    usual = recipe.distill_seed == work.comparison.distill_seed
+    text = "random" if usual else f"random:distill_seed={recipe.distill_seed}"
     try:
-        return make_set(Entry("random", entry.budget_ipc, recipe), work)[0], {}
+        return make_set(Entry(text, text, entry.budget_ipc, recipe), work)[0], {}
     except FAILURES as error:
         return None, {"controls": say(error)}
 
@@ -288,13 +335,13 @@ def make_random(entry: Entry, work: Work) -> tuple[DistilledSet | None, dict[str
 def make_set(entry: Entry, work: Work) -> tuple[DistilledSet, float | None]:
     """Return an entry's distilled set, made or read back, and the seconds that it took, if known.
 
-    It has the labels that its method learned, or none.
+    It has the labels that its method learned, or those that it came with where the entry is of these, or none.
     """
     assert work.run.directory is not None
     if entry.folder is not None:
-        return _unlabelled(load_distilled(entry.folder)), None
+        ready = load_distilled(entry.folder)
+        return ready if entry.own_labels else _unlabelled(ready), None
     recipe = replace(entry.recipe, labels=("hard",))  # others are units of the comparison
-    work.sets.add(set_name(entry))
     with Run(work.run.directory / "sets" / set_name(entry), parent=work.run) as own:
         settings = bound_settings(asdict(recipe) | {"labels": (), "labelled_by": None}, work.real)
         plan = type(work.plan)(**own.bind_config(settings, work.plan.as_dict()))
@@ -328,6 +375,7 @@ def compare_cell(entry: Entry, saved: DistilledSet, labels: LabelKind, cells: li
     result = found[0]
     assert isinstance(result, Evaluation)
     differences: dict[str, list[float | None]] = {}
+    reached: dict[str, list[float | None]] = {}
     failed: dict[str, str] = {}
     for number, (control, budget) in enumerate(matched, 1):
         name, other = f"{control.set} + {control.labels}, {budget}", found[number]
@@ -335,9 +383,18 @@ def compare_cell(entry: Entry, saved: DistilledSet, labels: LabelKind, cells: li
             failed[name] = other
         else:
             differences[name] = _paired(*([100 * v for v in one.top1] for one in (result, other)))
+            reached[name] = [round(100 * other.mean, 3), round(100 * other.std, 3) if len(other.top1) > 1 else None]
     dynamic_bytes = result.label_bytes if labels == "dynamic" else 0
+    size = {}
+    if work.comparison.grid.budget == "bytes":
+        random = replace(entry.recipe, method="random", ipc=entry.budget_ipc)
+        size["byte_budget"] = raw_bytes(random, work.real, labels)
+    by = entry.recipe.labelled_by or work.comparison.teachers.networks
+    if entry.own_labels:
+        by = tuple(teacher.name for teacher in saved.manifest.teachers)
     return {
         "method": entry.name,
+        "set": None if entry.folder is not None else set_name(entry),
         "ipc": entry.budget_ipc,
         "matched_ipc": entry.recipe.ipc,
         "labels": labels,
@@ -347,25 +404,13 @@ def compare_cell(entry: Entry, saved: DistilledSet, labels: LabelKind, cells: li
         "mean": round(100 * result.mean, 3),
         "std": round(100 * result.std, 3) if len(result.top1) > 1 else None,
         "top5": [round(100 * v, 3) for v in result.top5],
+        "controls": reached,
         "differences": differences,
         **({"failed": failed} if failed else {}),
-        "protocol": name_protocol(
-            work.student,
-            work.real.image_size,
-            [labels],
-            entry.recipe.labelled_by or work.comparison.teachers.networks,
-        ),
+        "protocol": name_protocol(work.student, work.real.image_size, [labels], by),
         "holds": describe_content(own.distilled),
         "bytes": describe_labelled(own.distilled, saved, dynamic_bytes),
-        **(
-            {}
-            if work.comparison.grid.budget == "ipc" or entry.folder is not None
-            else {
-                "byte_budget": raw_bytes(
-                    replace(entry.recipe, method="random", ipc=entry.budget_ipc), work.real, labels
-                )
-            }
-        ),
+        **size,
         "dynamic_label_bytes": dynamic_bytes,
         "seconds": {"train": round(statistics.mean(result.seconds), 1)},
         "paper": paper_number(entry, labels, work.student, work.real),
@@ -488,6 +533,7 @@ def _failed(entry: Entry, student: StudentConfig, labels: str, error: BaseExcept
         torch.cuda.empty_cache()  # of what ran out of memory, so that the next cell has some
     return {
         "method": entry.name,
+        "set": None if entry.folder is not None else set_name(entry),
         "ipc": entry.budget_ipc,
         "matched_ipc": entry.recipe.ipc,
         "labels": labels,

@@ -73,7 +73,7 @@ class ComputeConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the processor has it
     compile: Literal["auto", "on", "off"] = "auto"  # auto: where the number of steps repays the compilation
-    threads: int | None = None  # CPU threads; None: all cores that this process may use
+    threads: int | None = None  # CPU threads; None: $OMP_NUM_THREADS, or else all cores that this process may use
     pack_slots: int | None = None  # slots of one teacher optimised in one step; None: chosen for device and images
     chunk_images: int | None = None  # of a slot that pass together; 0: all; None: chosen by free memory
 
@@ -197,6 +197,12 @@ def resolve_plan(
             f"compute.device is {device!r}, but each of {processes} processes has a card of its own; give "
             f"--compute.device {kind}"
         )
+    local, cards = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if processes > 1 else 1, torch.cuda.device_count()
+    if kind == "cuda" and local > cards:
+        raise StillroomError(
+            f"torchrun began {local} processes on this machine, which has {cards} cards; give as many "
+            "--nproc-per-node, or --compute.device cpu"
+        )
     compile_mode = config.compile
     if compile_mode != "off" and (missing := _missing_for_compile(kind)):
         notify(f"running without torch.compile: {missing}")
@@ -211,7 +217,7 @@ def resolve_plan(
         device=device,
         precision=precision,
         compile=compile_mode,
-        threads=config.threads or max(1, _usable_cores() // processes),
+        threads=config.threads or max(1, _usable_cores() // local),
         channels_last=kind != "mps",
         pack_slots=pack_slots,
         processor=torch.cuda.get_device_name(device) if kind == "cuda" else _processor(),
@@ -303,6 +309,9 @@ def _keep_freed_memory() -> None:
 
 
 def _usable_cores() -> int:
+    """Return the cores that this process may use, or as many as its environment asks for."""
+    if (asked := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() and int(asked) > 0:
+        return int(asked)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -145,8 +145,9 @@ class RealData:
     `mean` and `std` are of pixels in [0, 1]: the named dataset's customary constants, or else computed over the
     training split in float64 (a constant channel gets std 1). `flip`: whether a horizontal flip keeps the label.
     `raw_bytes`: training images x native channels (1 if the first is gray, else 3) x height x width, as used or, for
-    arrays that were enlarged, as stored. `stored_bytes`: what the training images occupy at the source: file sizes,
-    array bytes, or the compressed bytes of a parquet column. `resize`: the rule by which they were read.
+    arrays that were enlarged, as stored. `skipped_images`: bad ones that were left out, and why. `stored_bytes`: what
+    the training images occupy at the source: file sizes, array bytes, or the compressed bytes of a parquet column.
+    `resize`: the rule by which they were read.
     """
 
     name: str
@@ -157,7 +158,7 @@ class RealData:
     std: Triple
     image_size: int
     flip: bool
-    skipped_images: int
+    skipped_images: tuple[str, ...]
     raw_bytes: int
     stored_bytes: int
     resize: Resize = "refuse"
@@ -253,7 +254,6 @@ def _load(config: DataConfig) -> RealData:
     if config.train_per_class is not None:
         train_rows = train_rows[_rank_in_class(source.train.labels[train_rows]) < config.train_per_class]
 
-    selected = len(train_rows)
     height, width, channels = first_size(source.train.images, train_rows)
     if facts and not named and (facts.classes, facts.image_size) != (classes, min(height, width)):
         facts = None  # another dataset that happens to have the name
@@ -270,8 +270,8 @@ def _load(config: DataConfig) -> RealData:
         skip_bad_images=config.skip_bad_images,
         memory_limit_bytes=config.memory_limit_gib * 2**30,
     )
-    train, train_rows, levels = load(source.train, train_rows, count_levels=constants is None)
-    test, kept_test_rows, _ = load(test_split, test_rows, count_levels=False)
+    train, train_rows, levels, bad = load(source.train, train_rows, count_levels=constants is None)
+    test, test_rows, _, bad_tests = load(test_split, test_rows, count_levels=False)
     _require_every_class(train.labels.numpy(), class_names, name)
     if not len(test):
         raise StillroomError(f"{name} has no test image that can be read.")
@@ -288,7 +288,7 @@ def _load(config: DataConfig) -> RealData:
         std=std,
         image_size=size,
         flip=config.flip == "on" or (config.flip == "auto" and (facts.flip if facts else True)),
-        skipped_images=selected - len(train_rows) + len(test_rows) - len(kept_test_rows),
+        skipped_images=(*bad, *bad_tests),
         raw_bytes=len(train) * channels * as_stored,
         stored_bytes=source.train.images.stored_bytes(train_rows),
         resize=config.resize,

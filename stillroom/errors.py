@@ -12,6 +12,10 @@ class StillroomError(ValueError):
     """Bad input or a state that the user can mend; the command line prints its message alone, without a traceback."""
 
 
+class DamagedFileError(StillroomError):
+    """A file that is not as it was written: cut short, edited, or spoilt on the way."""
+
+
 class UsageError(StillroomError):
     """Words of the command line, or settings in a file, that cannot be understood or are out of range."""
 
@@ -36,7 +40,11 @@ def check_choices(settings: Any, where: str) -> None:
     """
     hints = get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
-        value, choices = getattr(settings, field.name), get_args(hints[field.name])
-        if get_origin(hints[field.name]) is Literal and value not in choices:
+        value, hint = getattr(settings, field.name), hints[field.name]
+        if value is None and type(None) in get_args(hint):
+            continue
+        hint = next((kind for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal), hint)
+        choices = get_args(hint)
+        if get_origin(hint) is Literal and value not in choices:
             fix = suggest(str(value), map(str, choices))
             raise StillroomError(f"{where}.{field.name} is {value!r}, which is not one of its choices.{fix}")

@@ -35,10 +35,10 @@ from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError, check_choices
 from stillroom.images import FORMATS, first_size, load_images
 from stillroom.infer_files import EXPLAINED, NUMBERED_FILE, PUBLISHED_TEACHERS, find_blocks, recover_compensators
-from stillroom.layouts import SHOWN, Layout, find_layout, locate, open_published, refuse_settings_of_others
+from stillroom.layouts import SHOWN, PublishedLayout, find_layout, locate, open_published, refuse_settings_of_others
 from stillroom.manifest import ImageEncoding, Manifest, Normalization
 from stillroom.readers import ArrayImages, FileImages, Source, Split, Stored
-from stillroom.softlabels import SoftLabelKind, read_logits
+from stillroom.softlabels import SoftLabelKind, read_index, read_logits
 
 LARGEST_IMAGE_FILE = 2**26  # bytes, far above any image of 224 pixels
 
@@ -47,7 +47,7 @@ LARGEST_IMAGE_FILE = 2**26  # bytes, far above any image of 224 pixels
 class ImportConfig:
     """How a published set is read."""
 
-    layout: Layout = "auto"
+    layout: PublishedLayout = "auto"
     """auto: parquet files, and what is on the Hub, are hub; .npz files npz; class folders are infer where its blocks of
     views explain them, else folder."""
     class_order: str | None = None
@@ -130,13 +130,15 @@ def import_set(source: Path | str, real: RealData | DataConfig, config: ImportCo
         if layout == "infer":
             raise
         names = [path.rpartition("/")[2] for path in found.stored.paths]
-        if not all(NUMBERED_FILE.fullmatch(name) for name in names):
+        if not all(NUMBERED_FILE.fullmatch(name) for name in names) or read_index(root):  # an export of ours
             return distilled
         return _with_note(distilled, f"named as INFER's files are, but read as plain images, since {error}")
     recovered = recover_compensators(distilled, blocks, teachers)
     explained = recovered.manifest.extra["import"]["explained"]
     if layout == "infer" or explained > EXPLAINED:
         return recovered
+    if read_index(root):
+        return distilled
     note = (
         f"named as INFER's files are, but compensators would explain {explained:.0%} of what later images differ from "
         "the first; if they are INFER's nevertheless, say --layout infer"
@@ -306,7 +308,7 @@ def _read_images(found: Found, side: int) -> tuple[Tensor, tuple[bytes, ...] | N
     for chunk in chunks if not isinstance(stored, ArrayImages) else ():
         for row, item in zip(chunk, stored.fetch(chunk), strict=True):
             kinds.add(_read_header(item, stored.name(row), side))
-    images, _, _ = load_images(Split(stored, found.labels), rows, side, "refuse", False, math.inf, False)
+    images, _, _, _ = load_images(Split(stored, found.labels), rows, side, "refuse", False, math.inf, False)
     pixels = images.batch(torch.from_numpy(rows))
     kind = kinds.pop() if len(kinds) == 1 else None
     if kind is None:

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from stillroom.errors import StillroomError
+from stillroom.errors import DamagedFileError, StillroomError
 
 SEAL_KEY = "sha256"
 META_KEY = "meta"  # safetensors keeps no order among metadata keys, so one key holds everything as sorted JSON
@@ -112,7 +112,7 @@ def parse_json(content: bytes, path: Path | str) -> Any:
     try:
         return json.loads(content.decode("utf-8"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise StillroomError(
+        raise DamagedFileError(
             f"{path} is not valid JSON ({error}). It was cut short or edited: restore it, or delete it and run again."
         ) from error
 
@@ -204,8 +204,8 @@ def _dictionary(meta: Any) -> dict[str, Any]:
     return meta
 
 
-def _not_whole(path: Path | str, error: Exception) -> StillroomError:
-    return StillroomError(
+def _not_whole(path: Path | str, error: Exception) -> DamagedFileError:
+    return DamagedFileError(
         f"{path} is not a whole safetensors file ({error}). It was cut short or edited: restore it, or delete it and "
         "run again."
     )
@@ -216,7 +216,7 @@ def read_sealed(path: Path | str, needed: Sequence[str] = ()) -> dict[str, Any]:
     sealed = read_json(path)
     if not isinstance(sealed, dict) or (missing := [key for key in needed if key not in sealed]):
         lacks = f"lacks {', '.join(missing)}" if isinstance(sealed, dict) else "is no JSON object"
-        raise StillroomError(f"{path} {lacks}. It was edited or damaged: restore it, or begin anew elsewhere.")
+        raise DamagedFileError(f"{path} {lacks}. It was edited or damaged: restore it, or begin anew elsewhere.")
     return break_seal(sealed, {}, path)
 
 
@@ -242,7 +242,7 @@ def break_seal(sealed: dict[str, Any], tensors: Mapping[str, Tensor], path: Path
             value == _seal_of({k: v for k, v in sealed.items() if k != key}, tensors) for key, value in sealed.items()
         )
     if damaged:
-        raise StillroomError(
+        raise DamagedFileError(
             f"{path} was damaged or edited after it was written: its SHA-256 does not fit. Delete it: the same command "
             "makes it again."
         )

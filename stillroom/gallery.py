@@ -9,6 +9,7 @@ sentence = FIGURES["losses"].describe(arrays)       # alternative text
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,8 +83,15 @@ def render(name: str, arrays: Arrays, format: Literal["png", "svg"], dark: bool 
     options: dict[str, Any] = {"metadata": {"Description": said, "Date": None}}
     if format == "png":
         options = {"metadata": {"Description": said, "Software": None}, "pil_kwargs": {"optimize": True}}
-    with matplotlib.rc_context({"svg.hashsalt": name}):  # else identifiers are drawn at random
-        figure.savefig(buffer, format=format, **options)
+    with warnings.catch_warnings(record=True) as said_of_letters:  # each of them, many times
+        warnings.filterwarnings("always", "Glyph .* missing from")
+        with matplotlib.rc_context({"svg.hashsalt": name}):  # else identifiers are drawn at random
+            figure.savefig(buffer, format=format, **options)
+    if said_of_letters:
+        warnings.warn(
+            f"{name}: letters that no font of this machine has are drawn as boxes; install one, such as Noto Sans CJK",
+            stacklevel=2,
+        )
     return buffer.getvalue()
 
 

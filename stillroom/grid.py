@@ -16,32 +16,36 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stillroom.data import RealData
-from stillroom.distilled import find_set, load_distilled
+from stillroom.distilled import DistilledSet, count_bytes, find_set, load_distilled
 from stillroom.errors import StillroomError, check_choices, suggest
-from stillroom.labels import count_label_bytes
+from stillroom.labels import PoolConfig, count_label_bytes
 from stillroom.manifest import LabelKind
 from stillroom.methods import METHODS
 from stillroom.networks import build_network
 from stillroom.pipeline import check_recipe, learns_labels
 from stillroom.recipes import Recipe
+from stillroom.replay import with_batches_of
 from stillroom.settings import read_plain
 from stillroom.students import check_matches
 
-FOLDER = "set:"  # begins the name of a set that is there already
+FOLDER = "set:"  # begins what says where a set lies that is there already
+OWN_LABELS = ", its own labels"  # ends the name of the row of a set by the soft labels that it came with
 
 
 @dataclass(frozen=True)
 class Grid:
     """What is compared with what. Labels, seeds and everything else are the recipe's.
 
-    A method is METHOD, METHOD:setting=value,... for one with other settings (labelled_by=[...] among them), or
-    set:FOLDER for a distilled set that is there already, such as an imported one.
+    A method is METHOD, METHOD:setting=value,... for one with other settings (labelled_by=[...] and distill_seed=... are
+    any method's), or set:FOLDER for a distilled set that is there already, such as an imported one. NAME=METHOD... is
+    called NAME in the table.
     """
 
-    methods: tuple[str, ...] = ()  # METHOD, METHOD:setting=value,..., set:FOLDER; none: random and the recipe's own
+    methods: tuple[str, ...] = ()  # [NAME=]METHOD[:setting=value,...], [NAME=]set:FOLDER; none: random, the recipe's
     ipc: tuple[int, ...] = ()  # budgets in images per class; none: the recipe's
     students: tuple[str, ...] = ()  # networks; none: the recipe's
     budget: Literal["ipc", "bytes"] = "ipc"  # bytes: every method gets the bytes of so many real images and labels
+    real: bool = False  # also each student trained on all real images, as teachers are: what no set is expected to pass
     scores: bool = False  # label- and augmentation-robust scores: adds hard labels, and trainings without augmentation
 
     def __post_init__(self) -> None:
@@ -50,6 +54,9 @@ class Grid:
             values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise StillroomError(f"grid.{name} {' '.join(map(str, values))} has repeats; give each once")
+        names = [read_name(text)[0] for text in self.methods]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise StillroomError(f"grid.methods calls several {', '.join(sorted(repeated))}; give each its own name")
         if self.scores and self.budget == "bytes":
             raise StillroomError(
                 "grid.scores compares hard with soft labels of one set; give --grid.budget ipc with it"
@@ -81,10 +88,12 @@ class Comparison(Recipe):
 class Entry:
     """One distilled set of the grid."""
 
-    name: str  # of the method in the table
+    name: str  # in the table
+    text: str  # by which the grid asks for it, without its name
     budget_ipc: int  # the row's budget; the recipe's ipc differs from it where budgets are matched by bytes
     recipe: Recipe  # of this set and its labels
     folder: Path | None = None  # of a set that is there already
+    own_labels: bool = False  # whether these are the soft labels that the set came with, not those of the teachers here
 
     @property
     def needs_teachers(self) -> bool:
@@ -98,11 +107,17 @@ def comparison_of(recipe: Recipe, grid: Grid) -> Comparison:
     return Comparison(**{f.name: getattr(recipe, f.name) for f in fields(Recipe)}, grid=grid)
 
 
+def read_name(text: str) -> tuple[str, str]:
+    """Return the name of a method in the table, and what it is: of "NAME=METHOD..." both, else the text twice."""
+    name, equals, rest = text.partition("=")
+    return (name, rest) if equals and name and rest and ":" not in name else (text, text)
+
+
 def read_method(text: str, recipe: Recipe) -> Recipe:
     """Return `recipe` by another method: "METHOD", or "METHOD:setting=value,setting=[a,b]".
 
-    The setting labelled_by, whatever the method, names the teachers that label. Raises StillroomError for an unknown
-    method or setting and for a value of another type.
+    The settings labelled_by, which names the teachers that label, and distill_seed, by which the set is drawn, are any
+    method's. Raises StillroomError for an unknown method or setting and for a value of another type.
     """
     method, _, rest = text.partition(":")
     if method not in METHODS:
@@ -120,6 +135,11 @@ def read_method(text: str, recipe: Recipe) -> Recipe:
     if "labelled_by" in given:
         named = given.pop("labelled_by")
         chosen = replace(chosen, labelled_by=tuple(named) if isinstance(named, list) else (named,))
+    if "distill_seed" in given:
+        seed = given.pop("distill_seed")
+        if not re.fullmatch(r"\d+", str(seed)):
+            raise StillroomError(f"grid.methods: {text!r} has distill_seed {seed!r}; give a whole number from 0")
+        chosen = replace(chosen, distill_seed=int(seed))
     if not given:
         return chosen
     if not hasattr(recipe, method):
@@ -144,23 +164,22 @@ def plan_entries(comparison: Comparison, real: RealData) -> tuple[list[Entry], l
     refused: list[str] = []
     if grid.scores and "hard" not in base.labels:
         base = replace(base, labels=("hard", *base.labels))
+    named = [read_name(text) for text in comparison.methods]
     for ipc in grid.ipc or (base.ipc,):
-        for text in comparison.methods:
+        for name, text in named:
             if text.startswith(FOLDER):
                 continue
             try:
-                entries += plan_method(text, replace(base, ipc=ipc), grid, real, entries)
+                entries += plan_method(name, text, replace(base, ipc=ipc), grid, real, entries)
             except StillroomError as error:
                 said = str(error).replace("--ipc", "--grid.ipc") if grid.ipc else str(error)
-                refused.append(f"{text}, ipc {ipc}: {said}")
-    for text in comparison.methods:
+                refused.append(f"{name}, ipc {ipc}: {said}")
+    for name, text in named:
         if text.startswith(FOLDER):
             try:
-                if grid.budget == "bytes":
-                    raise StillroomError("its budget is what it is; compare it by --grid.budget ipc")
-                entries.append(plan_folder(text, base, real))
+                entries += plan_folder(name, text, base, grid, real)
             except StillroomError as error:
-                refused.append(f"{text}: {error}")
+                refused.append(f"{name}: {error}")
     if "learned" in base.labels and not any("learned" in entry.recipe.labels for entry in entries):
         refused.append("learned labels: no method or set of the grid has them")
     for network in grid.students:
@@ -171,7 +190,7 @@ def plan_entries(comparison: Comparison, real: RealData) -> tuple[list[Entry], l
     return entries, refused
 
 
-def plan_method(text: str, base: Recipe, grid: Grid, real: RealData, known: Sequence[Entry]) -> list[Entry]:
+def plan_method(name: str, text: str, base: Recipe, grid: Grid, real: RealData, known: Sequence[Entry]) -> list[Entry]:
     """Return the sets of one method at the budget of `base`: one, or one for each count that labels' bytes leave.
 
     Raises StillroomError for what cannot be made of this data, and for what is among `known` by another name.
@@ -186,10 +205,10 @@ def plan_method(text: str, base: Recipe, grid: Grid, real: RealData, known: Sequ
     for count, kinds in matched.items():
         own = replace(recipe, ipc=count, labels=tuple(kinds))
         check_recipe(own, real, control_ipc=base.ipc)
-        same = next((e for e in known if e.name != text and e.recipe == own and e.budget_ipc == base.ipc), None)
+        same = next((e for e in known if e.name != name and e.recipe == own and e.budget_ipc == base.ipc), None)
         if same is not None:
             raise StillroomError(f"it is the same as {same.name!r}; leave one of them out")
-        entries.append(Entry(text, base.ipc, own))
+        entries.append(Entry(name, text, base.ipc, own))
     return entries
 
 
@@ -204,21 +223,57 @@ def kinds_of(labels: tuple[LabelKind, ...], learned: bool) -> tuple[LabelKind, .
     return kinds
 
 
-def plan_folder(text: str, base: Recipe, real: RealData) -> Entry:
-    """Return the entry of a distilled set in a folder: its own budget, and the recipe's labels and students.
+def plan_folder(name: str, text: str, base: Recipe, grid: Grid, real: RealData) -> list[Entry]:
+    """Return the entries of a distilled set in a folder: its own budget, and the recipe's labels and students.
 
-    Raises StillroomError where the folder holds none, or one of other data.
+    One that came with soft labels stands there by these, too, where soft labels are compared: static ones, and replayed
+    ones where students are trained by the batches that these belong to. By bytes, a set's budget
+    is what it holds, and its random control has as many. Raises StillroomError where the folder holds none, or one of
+    other data.
     """
     folder = find_set(Path(text.removeprefix(FOLDER)))
     distilled = load_distilled(folder)
     check_matches(distilled, real, held_out=base.data.holdout_per_class > 0)
-    ipc = distilled.manifest.ipc
+    ipc, its = distilled.manifest.ipc, distilled.manifest.label_kind
     # Its method may be nobody's here; the recipe says who labels it, and that random images stand beside it.
-    labels = kinds_of(base.labels, distilled.manifest.label_kind == "learned")
-    recipe = replace(base, method=base.method if base.method != "random" else "infer", ipc=ipc, labels=labels)
-    others = tuple(kind for kind in labels if kind != "learned") or ("hard",)
-    check_recipe(replace(recipe, method="random", labels=others), real)
-    return Entry(text, ipc, recipe, folder)
+    base = replace(base, method=base.method if base.method != "random" else "infer", ipc=ipc)
+    matched: dict[tuple[str, int, bool], list[LabelKind]] = {}
+    for kind in kinds_of(base.labels, its == "learned"):
+        matched.setdefault((name, count_random(distilled, base, grid, real, kind), False), []).append(kind)
+    fits = with_batches_of(base.student.train, distilled) == base.student.train
+    if its in ("static", "replayed") and fits and not set(base.labels) <= {"hard", "learned"}:
+        matched[name + OWN_LABELS, count_random(distilled, base, grid, real, its), True] = [its]
+    entries = []
+    for (called, count, own), kinds in matched.items():
+        recipe = replace(base, labels=tuple(kinds))
+        if own and (stored := distilled.manifest.pool) is not None:
+            recipe = replace(recipe, pool=PoolConfig(stored.epochs, stored.encoding, stored.seed))
+        others = tuple(kind for kind in kinds if kind != "learned") or ("hard",)
+        check_recipe(replace(recipe, method="random", ipc=count, labels=others), real)
+        entries.append(Entry(called, text, count, recipe, folder, own))
+    return entries
+
+
+def count_random(distilled: DistilledSet, base: Recipe, grid: Grid, real: RealData, labels: LabelKind) -> int:
+    """Return how many random images per class a set that is there already is compared with: as many as its ipc says,
+    or, by bytes, as many as its raw bytes with such labels would hold."""
+    if grid.budget == "ipc":
+        return distilled.manifest.ipc
+    held = distilled_bytes(distilled, base, labels)
+    most = len(real.train) // real.classes
+    counts = range(1, most + 1)
+    fitting = [n for n in counts if raw_bytes(replace(base, method="random", ipc=n), real, labels) <= held]
+    return max(fitting, default=1)
+
+
+def distilled_bytes(distilled: DistilledSet, recipe: Recipe, labels: LabelKind) -> int:
+    """Return the raw bytes of a set with labels of a kind: those that it stores, or else the recipe's."""
+    parts = count_bytes(distilled).raw
+    if distilled.manifest.label_kind == labels:
+        return sum(parts.values())
+    classes, batch = len(distilled.manifest.class_names), recipe.student.train.batch_size
+    stored = count_label_bytes(labels, distilled.view_count, classes, recipe.pool, batch)
+    return parts["images"] + parts["compensators"] + stored
 
 
 def match_bytes(recipe: Recipe, real: RealData, labels: LabelKind) -> int:
@@ -268,5 +323,5 @@ def slug(name: str) -> str:
 
 def set_name(entry: Entry) -> str:
     """Return the name of the folder of an entry's set: one for all that differ in who labels it."""
-    method = re.sub(r",?\blabelled_by=(\[[^\]]*\]|[^,]*)", "", entry.name).replace(":,", ":").removesuffix(":")
+    method = re.sub(r",?\blabelled_by=(\[[^\]]*\]|[^,]*)", "", entry.text).replace(":,", ":").removesuffix(":")
     return f"{slug(method)}-ipc{entry.recipe.ipc}"

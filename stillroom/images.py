@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -121,9 +121,9 @@ def load_images(
     skip_bad_images: bool,
     memory_limit_bytes: float,
     count_levels: bool,
-) -> tuple[Images, np.ndarray, np.ndarray]:
-    """-> the images at `rows`, the rows that are left after skipping bad ones, and how often each value 0 ... 255
-    occurs in each channel, int64 [3, 256] (zeros unless `count_levels`).
+) -> tuple[Images, np.ndarray, np.ndarray, list[str]]:
+    """-> the images at `rows`, the rows that are left after skipping bad ones, how often each value 0 ... 255 occurs in
+    each channel, int64 [3, 256] (zeros unless `count_levels`), and why each skipped one was.
 
     Lazy images are decoded here only where something needs all of them: counting, or skipping bad ones.
     """
@@ -133,7 +133,7 @@ def load_images(
         images = torch.from_numpy(stored.pixels[rows]).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
         if count_levels:
             levels += _levels(images)
-        return MemoryImages(images, _labels(split, rows)), rows, levels
+        return MemoryImages(images, _labels(split, rows)), rows, levels, []
 
     image_bytes = 3 * size * size
     lazy = not isinstance(stored, ArrayImages) and len(rows) * image_bytes > memory_limit_bytes
@@ -157,11 +157,11 @@ def load_images(
         raise _bad_images(reasons)
     rows = rows[is_good]
     if lazy:
-        return LazyImages(stored, rows, _labels(split, rows), size, resize), rows, levels
+        return LazyImages(stored, rows, _labels(split, rows), size, resize), rows, levels, reasons
     images = images[:filled].clone() if reasons else images
     if isinstance(stored, ArrayImages):  # which nothing needs any more
-        return MemoryImages(images, _labels(split, rows)), rows, levels
-    return MemoryImages(images, _labels(split, rows), stored, rows), rows, levels
+        return MemoryImages(images, _labels(split, rows)), rows, levels, reasons
+    return MemoryImages(images, _labels(split, rows), stored, rows), rows, levels, reasons
 
 
 def _fetch_files(stored: Stored, rows: np.ndarray) -> list[bytes | None]:
@@ -312,9 +312,13 @@ def _reason(stored: Stored, row: int, error: Exception) -> str:
     return f"{stored.name(row)}: {what}"
 
 
+def name_some(reasons: Sequence[str]) -> str:
+    """Return the first few of `reasons`, and dots where there are more."""
+    return "; ".join(reasons[:5]) + ("; ..." if len(reasons) > 5 else "")
+
+
 def _bad_images(reasons: list[str]) -> StillroomError:
-    shown = "; ".join(reasons[:5]) + ("; ..." if len(reasons) > 5 else "")
     return StillroomError(
-        f"{len(reasons)} image{'s' if len(reasons) > 1 else ''} cannot be read: {shown}. Replace or remove them, or "
-        "leave them out with --data.skip-bad-images."
+        f"{len(reasons)} image{'s' if len(reasons) > 1 else ''} cannot be read: {name_some(reasons)}. Replace or "
+        "remove them, or leave them out with --data.skip-bad-images."
     )

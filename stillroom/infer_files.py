@@ -70,7 +70,14 @@ def write_infer(distilled: DistilledSet, folder: Path) -> list[str]:
     names = [] if distilled.compensators is None else [teacher.name for teacher in manifest.teachers]
     back = f"; to read it back: stillroom import DIR --teachers {' '.join(names)} --data.source ..." if names else ""
     cut = ["pixels are cut to [0, 1] and rounded down to 8 bits"] if manifest.image_encoding == "float16" else []
-    return [*cut, f"{slots} slots, blocks: {', '.join(['naturals', *names])}; soft labels: none{back}"]
+    kind = manifest.label_kind
+    lost = [
+        f"its {kind} labels are not written: that layout has none, and its scripts label by teachers of their own; "
+        "--to folder and --to npz keep them"
+    ]
+    if distilled.soft_labels is None:
+        lost = []
+    return [*cut, *lost, f"{slots} slots, blocks: {', '.join(['naturals', *names])}{back}"]
 
 
 def find_blocks(files: FileImages, labels: np.ndarray, class_names: Sequence[str], teachers: Sequence[str]) -> Tensor:

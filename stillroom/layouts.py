@@ -22,7 +22,7 @@ from stillroom.errors import StillroomError
 from stillroom.manifest import MANIFEST_NAME
 from stillroom.readers import LEFT_BEHIND, FileImages, Source, Split, find_parquet, npz_headers, read_npz, read_parquet
 
-Layout = Literal["auto", "folder", "hub", "infer", "npz"]
+PublishedLayout = Literal["auto", "folder", "hub", "infer", "npz"]
 
 # Settings that only some layouts have, and what these are made of.
 ONLY_OF = {
@@ -35,7 +35,7 @@ ONLY_OF = {
 SHOWN = {"auto": "folder", "infer": "folder"}  # whose images are those of a folder, until compensators are found
 
 
-def find_layout(source: str, asked: Layout) -> Layout:
+def find_layout(source: str, asked: PublishedLayout) -> PublishedLayout:
     """Return the layout of the published set `source`, by its files where `asked` is "auto".
 
     "auto" is left where class folders may be INFER's or not. Raises StillroomError for what is neither here nor an id
@@ -55,7 +55,7 @@ def find_layout(source: str, asked: Layout) -> Layout:
     return asked
 
 
-def refuse_settings_of_others(layout: Layout, source: str, given: Mapping[str, object]) -> None:
+def refuse_settings_of_others(layout: PublishedLayout, source: str, given: Mapping[str, object]) -> None:
     """Raise StillroomError for a setting, by its name in `given`, that `layout` does not have; None is not set."""
     for name, (layouts, kind) in ONLY_OF.items():
         if given[name] is not None and layout not in layouts:
@@ -87,7 +87,7 @@ def locate(source: str, notes: list[str]) -> Path:
 
 
 def open_published(
-    root: Path, layout: Layout, image_column: str | None, label_column: str | None, notes: list[str]
+    root: Path, layout: PublishedLayout, image_column: str | None, label_column: str | None, notes: list[str]
 ) -> Source:
     """Return the published images, labels and class names as files of `layout` have them; columns are parquet's."""
     if layout == "hub":
@@ -125,7 +125,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
     return shown
 
 
-def _open_folders(root: Path, layout: Layout) -> Source:
+def _open_folders(root: Path, layout: PublishedLayout) -> Source:
     """A folder per class, whose name is the class's."""
     if not root.is_dir():
         raise StillroomError(f"import: {root} is a file; --layout {layout} reads a folder of class folders")

@@ -93,11 +93,11 @@ _ROWS = (
 )
 # fmt: on
 
-Cell = tuple[str, int, str, str, str]  # dataset, ipc, method (as a grid names its variant), labels, student
+PublishedCell = tuple[str, int, str, str, str]  # dataset, ipc, method (as a grid names its variant), labels, student
 
 
-def _read_rows() -> dict[Cell, tuple[float, float]]:
-    numbers: dict[Cell, tuple[float, float]] = {}
+def _read_rows() -> dict[PublishedCell, tuple[float, float]]:
+    numbers: dict[PublishedCell, tuple[float, float]] = {}
     for (dataset, columns), method, labels, student, row in _ROWS:
         for ipc, text in zip(columns, row.split(), strict=True):
             if text != "-":

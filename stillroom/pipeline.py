@@ -25,6 +25,7 @@ from stillroom.data import FACTS, RealData, load_real
 from stillroom.distilled import DistilledSet, count_bytes, load_distilled
 from stillroom.errors import StillroomError
 from stillroom.files import sha256_bytes, write_json
+from stillroom.images import name_some
 from stillroom.labels import PoolConfig, attach_labels, count_label_bytes
 from stillroom.logits import count_logit_bytes
 from stillroom.manifest import library_versions
@@ -82,7 +83,8 @@ def open_stages(
     real = load_real(recipe.data)
     plan = resolve_plan(recipe.compute, run.notice, (real.classes, real.image_size))
     if real.skipped_images:
-        run.notice(f"{real.skipped_images} images of {real.name!r} could not be read and were left out")
+        count, which = len(real.skipped_images), name_some(real.skipped_images)
+        run.notice(f"{count} images of {real.name!r} could not be read and were left out: {which}")
     check_recipe(recipe, real) if check is None else check(real)
     # Only now: a run directory must not be bound to settings that never worked.
     # Neither how it is computed nor how many students there are makes it another run.
@@ -383,11 +385,12 @@ def build_cells(
     run: Run,
     called: str | None = None,
     random: DistilledSet | None = None,
+    own_labels: bool = False,
 ) -> list[Cell]:
     """Return the rows of the run's table: the set under each kind of label, and its controls.
 
     `called`: the method's name in the table, where that is not enough to tell it from others; `random`: the random
-    control, where it is made already.
+    control, where it is made already; `own_labels`: whether the set came with its labels, which nobody here made.
     Controls: random images with hard labels, random images with the same labels, and, for INFER, its naturals without
     compensators; at the epochs of the method and at its optimiser steps, since it has M + 1 times as many views. Nobody
     has learned labels but their own set, so beside these stand random images with hard labels alone.
@@ -424,7 +427,7 @@ def build_cells(
     for labels in recipe.labels:
         train = recipe.student.train_for(labels)
         own, steps = functools.partial(labelled, method, labels), steps_for(distilled, train)
-        by = labels_by if labels not in ("hard", "learned") else ""
+        by = "-own" if own_labels else labels_by if labels not in ("hard", "learned") else ""
         cells.append(Cell(f"{_unit(distilled)}-{labels}{by}-{steps}", method, labels, (), own, steps))
         controls = [("random", "hard"), ("random", labels), ("naturals", labels)]
         for name, kind in dict.fromkeys(controls):

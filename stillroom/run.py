@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
-from stillroom.errors import StillroomError, TimeLimitReached
+from stillroom.errors import DamagedFileError, StillroomError, TimeLimitReached
 from stillroom.files import break_seal, load_tensors, read_sealed, save_tensors, seal, write_json
 from stillroom.workers import LOOK_SECONDS, Worker
 
@@ -85,6 +85,7 @@ class Run:
         self.parent = parent
         self.worker: Worker | None = None
         self._others_first = False
+        self.made = 0  # units that this process made, its own and those of runs within it
         self.stop_at = None if time_limit is None else time.monotonic() + time_limit - min(15.0, 0.05 * time_limit)
         self.show = show and sys.stderr.isatty()
         self._stop_signal: str | None = None
@@ -154,11 +155,23 @@ class Run:
         settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be read back
         begun = any(entry for part in ("units", "checkpoints") for entry in (directory / part).iterdir())
         needed = ("settings", "plan")
+        if begun and not path.exists():
+            raise StillroomError(
+                f"{str(path)!r} is gone, so nothing says of which settings the finished units of this run are; restore "
+                "it, or give another directory with --out (trained teachers are in the cache)"
+            )
         if not path.exists() or (not begun and read_sealed(path, needed)["settings"] != settings):
             write_json(path, seal({"settings": settings, "plan": plan}, {}, path))
             self.event("opened")
             return plan
-        stored = read_sealed(path, needed)
+        try:
+            stored = read_sealed(path, needed)
+        except DamagedFileError as error:  # others are made anew when they are deleted
+            raise StillroomError(
+                f"{str(path)!r} was damaged or edited after it was written, so nothing says of which settings the "
+                "units of this run are; restore it, or give another directory with --out (trained teachers are in the "
+                "cache)"
+            ) from error
         if new := {k: v for k, v in settings.items() if k in may_be_new and k not in stored["settings"]}:
             stored["settings"] |= new
             write_json(path, seal(stored, {}, path))
@@ -264,12 +277,22 @@ class Run:
         return made
 
     def _finished(self, task: Task) -> Made | None:
-        made = self.load_unit(task.name) if self.unit_done(task.name) else None
+        """Return the unit where it is finished; one whose file is damaged is put aside, to be made anew."""
+        try:
+            made = self.load_unit(task.name) if self.unit_done(task.name) else None
+        except DamagedFileError:
+            for path in (self._unit(task.name, suffix) for suffix in (".json", ".safetensors")):
+                with contextlib.suppress(FileNotFoundError):
+                    kept = path.rename(path.with_name(f"{path.name}.damaged"))
+                    self.notice(f"{path} was damaged or edited after it was written; it is kept as {kept.name!r}, and "
+                                "made anew")  # fmt: skip
+            return None
         return made if made is not None and task.fits(made[0]) else None
 
     def _make(self, task: Task) -> Made:
         result, tensors = task.make()
         self.finish_unit(task.name, result, tensors)
+        self.shared.made += 1
         return result, tensors or {}
 
     def _wait_for_others(self) -> None:

@@ -85,6 +85,11 @@ def _read_file(
     path = Path(given) if given is not None else root / SOFT_LABEL_FILE
     if given is None and not path.is_file():
         return None
+    if given is None and not read_index(root):
+        raise StillroomError(
+            f"import: {path} lies beside the images, but no {INDEX_FILE} of an export says which row is whose; give "
+            f"--soft-labels {path} if rows stand in the order of sorted class folders and sorted files, or move it away"
+        )
     if not path.exists():
         raise StillroomError(f"--soft-labels {path} does not exist; leave it out to import images alone")
     if path.is_dir():

@@ -215,10 +215,12 @@ def evaluate(
         unit = f"student-{cell}-{config.network.replace(':', '-')}-{seed}"
 
         def make() -> tuple[dict[str, Any], None]:
-            result = train_student(
+            _, history = train_student(
                 distilled, real, config, train, steps, seed, teachers or [], plan, run, unit, made_by=made_by
             )
-            return result | {"made_by": made_by}, None
+            best = max(row["top1"] for row in history if "top1" in row)
+            last = {k: history[-1][k] for k in ("top1", "top5", "seconds")}
+            return {**last, "best": best, "history": history, "made_by": made_by}, None
 
         def fits(result: dict[str, Any]) -> bool:
             if result.get("made_by", made_by) != made_by:  # those of before there was a hash have none
@@ -271,32 +273,12 @@ def train_student(
     unit: str,
     *,
     made_by: str = "",
-) -> dict[str, Any]:
-    """Train one student (Algorithm 2) and return {"top1", "top5", "best", "seconds", "history"}.
+) -> tuple[nn.Module, list[dict[str, float]]]:
+    """Train one student (Algorithm 2) and return the network, in eval mode, and its history, the last row of which has
+    "top1", "top5" and "seconds".
 
     `made_by`: a hash of set and labels, without which an unfinished `unit` is not gone on with.
     """
-    _, history = fit_student(distilled, real, config, train, steps, seed, teachers, plan, run, unit, made_by=made_by)
-    best = max(row["top1"] for row in history if "top1" in row)
-    last = {k: history[-1][k] for k in ("top1", "top5", "seconds")}
-    return {**last, "best": best, "history": history}
-
-
-def fit_student(
-    distilled: DistilledSet,
-    real: RealData,
-    config: StudentConfig,
-    train: TrainConfig,
-    steps: int,
-    seed: int,
-    teachers: list[Teacher],
-    plan: Plan,
-    run: Run,
-    unit: str,
-    *,
-    made_by: str = "",
-) -> tuple[nn.Module, list[dict[str, float]]]:
-    """Train one student as `train_student` does and return the network itself, in eval mode, and its history."""
     normalization = distilled.manifest.normalization
     model = build_network(
         config.network, real.classes, real.image_size, seed=derive_seed(seed, "student", config.network)

@@ -29,7 +29,7 @@ from stillroom.manifest import read_manifest
 from stillroom.networks import build_network
 from stillroom.run import Run
 from stillroom.settings import Settings, read_plain
-from stillroom.students import StudentConfig, check_matches, fit_student, hash_labels, steps_for
+from stillroom.students import StudentConfig, check_matches, hash_labels, steps_for, train_student
 from stillroom.teachers import Teacher, TeachersConfig, load_teachers
 from stillroom.train import apply_normalization, fit_batch
 
@@ -60,7 +60,8 @@ class StudyConfig:
 
     sets: tuple[str, ...] = ()  # methods of the runs; also real (all real images), naturals; none: the figure's choice
     ipc: int | None = None  # of the sets, where the runs have several budgets
-    labels: Literal["hard", "static", "dynamic"] = "static"  # that students are trained with
+    # That students are trained with; None: static, or what the first run has instead.
+    labels: Literal["hard", "static", "dynamic"] | None = None
     seeds: tuple[int, ...] = (0,)  # of the students
     steps: int | None = None  # optimiser steps of every student; None: those of the run's epochs
     draw: int = 0  # seed of the classes and images that are shown
@@ -211,12 +212,24 @@ class Study:
     def student_config(self) -> StudentConfig:
         return self._section("student", StudentConfig())
 
+    @functools.cached_property
+    def labels(self) -> str:
+        """The kind of label that students are trained with."""
+        if self.config.labels is not None:
+            return self.config.labels
+        results = self.runs[0] / "comparison.json"
+        kinds = self.settings.get("labels", ())
+        if results.exists():
+            kinds = [row["labels"] for row in read_json(results)["rows"]]
+        fitting = [kind for kind in ("static", "hard", "dynamic") if kind in kinds]
+        return (fitting or ["static"])[0]
+
     def steps(self, name: str) -> int:
         """Return the optimiser steps of a set's student; of the one on real images 0, since a teacher's are others."""
         if name == REAL:
             return 0
-        train = self.student_config.train_for(self.config.labels)
-        return self.config.steps or steps_for(self.labelled(name, self.config.labels), train)
+        train = self.student_config.train_for(self.labels)
+        return self.config.steps or steps_for(self.labelled(name, self.labels), train)
 
     @functools.cached_property
     def _students(self) -> dict[tuple[str, int], nn.Module]:
@@ -240,7 +253,7 @@ class Study:
         return self._load(replace(config, cache=self.config.teachers.cache))[0].model
 
     def _train(self, name: str, seed: int) -> nn.Module:
-        kind, config = self.config.labels, self.student_config
+        kind, config = self.labels, self.student_config
         distilled = self.labelled(name, kind)
         train, steps = config.train_for(kind), self.steps(name)
         teachers = self.labellers if kind == "dynamic" else []
@@ -250,7 +263,7 @@ class Study:
         if not self.keep.unit_done(unit):
             where = self.keep.directory or "memory"
             self.keep.notice(f"a student is trained on {name!r}, {kind} labels, {steps:,} steps, and kept in {where}")
-            model, history = fit_student(
+            model, history = train_student(
                 distilled, self.real, config, train, steps, seed, teachers, self.plan, self.keep, unit, made_by=made_by
             )
             facts = {"set": name, "labels": kind, "steps": steps, "seed": seed, "top1": history[-1]["top1"]}
@@ -301,9 +314,11 @@ def find_sets(run: Path) -> list[Made]:
     if (run / "sets").is_dir():
         results = run / "comparison.json"
         rows = read_json(results)["rows"] if results.exists() else []
-        called = {f"{slug(row['method'])}-ipc{row['matched_ipc']}": row["method"] for row in rows}
+        called: dict[str, str] = {}
+        for row in rows:  # one set may have several rows; those of older versions do not say which it is
+            called.setdefault(row.get("set") or f"{slug(row['method'])}-ipc{row['matched_ipc']}", row["method"])
         folders = {path.name: path for path in (run / "sets").iterdir() if (path / "distilled/manifest.json").exists()}
-        for name in dict.fromkeys([*(name for name in called if name in folders), *sorted(folders)]):
+        for name in [name for name in called if name in folders] or sorted(folders):  # what the table is of
             method, _, ipc = name.rpartition("-ipc")
             made.append(Made(called.get(name, method), int(ipc), folders[name]))
     elif (run / "distilled/manifest.json").exists():

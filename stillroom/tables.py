@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from stillroom.distilled import count_bytes, load_distilled
 from stillroom.estimate import Stage
 from stillroom.recipes import EXPECTED, Recipe
-from stillroom.render import CONTROLS, SCORES, caption_of, table_of
+from stillroom.render import FIRST, caption_of, failures_of, parts_of
 from stillroom.students import Evaluation, StudentConfig
 
 # Tables keep their columns where the output is a file or a narrow window; a terminal wraps the lines instead.
@@ -53,33 +53,16 @@ def show_results(results: dict[str, Any]) -> None:
 
 
 def show_comparison(results: dict[str, Any]) -> None:
-    """Print a comparison's rows: accuracy and differences, then what they cost, then what failed."""
-    header, rows = table_of(results)
-    kept = [row for row in rows if not row[4].startswith("failed")]
-    costs = header.index("images a class")
-    parts = {
-        f"{results['dataset']['name']}, budgets by {results['budget']}, top-1 in %": (
-            "steps", "top-1", "paper", *(("protocol",) if "protocol" in header else ()),
-        ),
-        "Ahead of its controls, in points of top-1": (*CONTROLS, "vs its hard labels"),
-        "What it holds and costs": header[costs : costs + 4],
-        "How small it is, and what it took": header[costs + 4 : costs + 9],
-        "Scores": tuple(name for name in SCORES if name in header),
-    }  # fmt: skip
-    for title, names in parts.items():
-        # What no row has, and a student that all have, would only take the room of numbers.
-        columns = [name for name in names if {row[header.index(name)] for row in kept} - {"-"}]
-        first = [name for name in header[:4] if name != "student" or len({row[3] for row in kept}) > 1]
-        table = Table(*(Column(name, no_wrap=True) for name in first), *columns, title=title)
-        for row in kept:
-            table.add_row(*(row[header.index(name)] for name in (*first, *columns)))
-        if columns:
-            console.print(table)
-    for row in results["rows"]:
-        if "error" in row:
-            print(f"failed: {row['method']}, ipc {row['ipc']}, {row['labels']}, {row['student']}: {row['error']}")
-        for what, error in row.get("failed", {}).items():
-            print(f"failed: {what}, of {row['method']}, ipc {row['ipc']}, {row['labels']}: {error}")
+    """Print a comparison in parts: accuracy, controls, what sets hold and cost, scores; then what failed."""
+    for title, header, rows in parts_of(results):
+        first = len([column for column in FIRST if column.name in header])
+        columns = [Column(name, no_wrap=place < first) for place, name in enumerate(header)]
+        table = Table(*columns, title=title)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    for said in failures_of(results):
+        print(said)
     print(caption_of(results))
 
 

@@ -69,7 +69,7 @@ def launched() -> bool:
 def join() -> bool:
     """Meet the other processes that torchrun began; return whether this one leads."""
     rank, card = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    with_cards = torch.cuda.is_available() and card < torch.cuda.device_count()
+    with_cards = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()  # one for each
     if with_cards:
         torch.cuda.set_device(card)
     if rank > 0:  # torchrun passes signals on to all; the leader says when to end

@@ -57,7 +57,7 @@ def build_toy(train_per_class: int = 24, test_per_class: int = 10) -> RealData:
         std=tuple(std),
         image_size=TOY_SIZE,
         flip=False,
-        skipped_images=0,
+        skipped_images=(),
         raw_bytes=train.images.numel(),
         stored_bytes=train.images.numel(),
     )

@@ -19,7 +19,7 @@ from stillroom import study as studies
 from stillroom.analysis import divergence, features, predictions, recovery, results
 from stillroom.distilled import dequantize_compensators, load_distilled
 from stillroom.errors import StillroomError
-from stillroom.files import load_tensors, read_json
+from stillroom.files import load_tensors, read_json, write_json
 from stillroom.networks import batchnorm_layers
 from stillroom.run import Run
 from stillroom.study import Place, Study, StudyConfig, TeacherPlace
@@ -311,11 +311,22 @@ def test_a_student_is_the_runs_own_and_trained_once(
     right = [(study.logits("infer", seed).argmax(1) == study.real.test.labels).float().mean() for seed in (0, 1)]
     assert [100 * float(value) for value in right] == pytest.approx(reached["infer", 4], abs=1e-3)
     assert not torch.equal(study.logits("infer", 0), study.logits("infer", 1))
-    monkeypatch.setattr(studies, "fit_student", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(studies, "train_student", lambda *_, **__: pytest.fail("trained again"))
     again = opened(compared, sets=("infer",), seeds=(0, 1), ipc=4)
     torch.testing.assert_close(again.logits("infer", 1), study.logits("infer", 1))
     with pytest.raises(pytest.fail.Exception, match="trained again"):
         opened(compared, sets=("infer",), labels="hard", ipc=4).student("infer", 0)
+
+
+def test_students_of_figures_have_a_kind_of_label_that_the_run_has(
+    compared: Finished, opened: Opened, tmp_path: Path
+) -> None:
+    assert opened(compared).labels == "static"
+    assert opened(compared, labels="dynamic").labels == "dynamic"
+    shutil.copytree(compared.directory.parent, tmp_path / "hard")
+    path = tmp_path / "hard" / "run" / "comparison.json"
+    write_json(path, {"rows": [row | {"labels": "hard"} for row in read_json(path)["rows"]]})
+    assert opened(replace(compared, directory=path.parent)).labels == "hard"
 
 
 def test_naturals_are_the_set_without_its_compensators(compared: Finished, opened: Opened) -> None:

@@ -25,6 +25,7 @@ from stillroom import (
     estimate,
     grid,
     labels,
+    markup,
     paper,
     pipeline,
     protocols,
@@ -208,7 +209,7 @@ def test_one_cell_that_fails_is_marked_and_the_others_are_there(
     assert code == cli.FAILED
     assert [("error" in row, row["method"]) for row in rows] == [(True, "infer")] * 2 + [(False, "random")] * 2
     assert "failed: infer, ipc 4, static, toynet: the loss is not finite from step 3 on" in capsys.readouterr().out
-    assert "failed: the loss is not finite" in (tmp_path / "run/table.md").read_text()
+    assert "static, toynet: the loss is not finite from step 3 on" in (tmp_path / "run/table.md").read_text()
 
 
 def test_the_command_writes_the_table_in_every_format_and_tells_of_each_cell(
@@ -228,8 +229,10 @@ def test_the_command_writes_the_table_in_every_format_and_tells_of_each_cell(
         assert float(row["bytes.raw.images"]) == own["bytes"]["raw"]["images"]
     steps = "differences.random + static, equal steps.mean"
     assert (rows[0][steps], float(rows[1][steps])) == ("", kept[1]["differences"]["random + static, equal steps"][0])
-    assert "±" not in (tmp_path / "run/table.md").read_text()  # one seed has no spread
-    assert (tmp_path / "run/table.md").read_text().count("\n") == 6  # two rows, and the caption
+    page = (tmp_path / "run/table.md").read_text()
+    first = page.split("**Accuracy, top-1 in %**\n\n")[1].split("\n\n")[0]
+    assert len(first.splitlines()) == 4  # the header, and two rows
+    assert "±" not in page.split("Columns:")[0]  # one seed has no spread
     assert r"\toprule" in (tmp_path / "run/table.tex").read_text()
 
 
@@ -301,6 +304,17 @@ def test_a_dry_run_counts_every_training_once_and_writes_nothing(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_dry_run_tells_of_what_is_there_already(
+    toy_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", "toy", "--grid.methods", "random", "--labels", "hard", "--seeds", "0", "--out"]
+    assert cli.main([*words, str(tmp_path / "run")]) == cli.OK
+    for out, told in (("other", False), ("run", True)):
+        capsys.readouterr()
+        assert cli.main([*words, str(tmp_path / out), "--dry-run"]) == cli.OK
+        assert (f"{out} holds 2 finished units, 1 of them students" in capsys.readouterr().out) == told
+
+
 def test_a_budget_too_small_for_a_methods_bytes_is_refused(toy_recipe: Recipe) -> None:
     with pytest.raises(StillroomError, match=r"infer with static labels has no set of at most [\d,]+ bytes"):
         grid.match_bytes(replace(toy_recipe, ipc=1), load_real(toy_recipe.data), "static")
@@ -310,6 +324,7 @@ def test_a_budget_too_small_for_a_methods_bytes_is_refused(toy_recipe: Recipe) -
     ("change", "message"),
     [
         ({"methods": ("random", "random")}, "has repeats"),
+        ({"methods": ("mine=random", "mine=infer")}, "calls several mine; give each its own name"),
         ({"ipc": (0,)}, "1 or more images per class"),
         ({"budget": "byte"}, "grid.budget is 'byte'"),
         ({"scores": True, "budget": "bytes"}, "give --grid.budget ipc with it"),
@@ -406,16 +421,16 @@ TEXTS = st.lists(st.lists(st.text(max_size=12), min_size=3, max_size=3), min_siz
 @given(TEXTS)
 def test_csv_reads_back_as_it_was(rows: list[list[str]]) -> None:
     rows = [[text.replace("\r", "").replace("\0", "") for text in row] for row in rows]
-    text = render.to_csv(rows[0], rows[1:])
+    text = markup.to_csv(rows[0], rows[1:])
     assert list(csv.reader(io.StringIO(text, newline=""))) == rows
 
 
 @given(TEXTS)
 def test_markdown_and_latex_have_a_line_for_each_row_and_no_cell_breaks_out(rows: list[list[str]]) -> None:
-    lines = render.to_markdown(rows[0], rows[1:]).splitlines()
-    assert len(render.to_markdown(rows[0], rows[1:]).split("\n")) == len(rows) + 2
+    lines = markup.to_markdown(rows[0], rows[1:]).splitlines()
+    assert len(markup.to_markdown(rows[0], rows[1:]).split("\n")) == len(rows) + 2
     assert all(line.replace(r"\|", "").count("|") == 4 for line in lines[:1] + lines[2:] if "\\" not in line)
-    latex = render.to_latex(rows[0], rows[1:]).split("\n")
+    latex = markup.to_latex(rows[0], rows[1:]).split("\n")
     assert len(latex) == len(rows) + 6
     for line in (latex[2], *latex[4:-3]):
         assert line.removesuffix(r" \\").replace(r"\&", "").count("&") == 2
@@ -440,7 +455,7 @@ def test_the_same_method_twice_under_two_names_is_refused(toy_recipe: Recipe, tm
 
 
 def test_numbers_stand_to_the_right_in_latex_and_their_minus_is_one() -> None:
-    text = render.to_latex(["method", "gain", "bytes"], [["k-center", "-1.5 ± 0.2", "30,720"], ["rded", "-", "0 (9)"]])
+    text = markup.to_latex(["method", "gain", "bytes"], [["k-center", "-1.5 ± 0.2", "30,720"], ["rded", "-", "0 (9)"]])
     assert r"\begin{tabular}{lrr}" in text
     assert r"k-center & $-$1.5 $\pm$ 0.2 & 30,720 \\" in text
 
@@ -559,6 +574,75 @@ def test_a_set_that_is_there_already_stands_in_the_table_beside_random_images(
         run_grid(recipe, tmp_path / "run", methods=(f"set:{tmp_path}/nowhere",))
 
 
+def test_a_set_stands_by_the_labels_that_it_came_with_too(toy_recipe: Recipe, plan: Plan, tmp_path: Path) -> None:
+    """Labels that say the wrong class to every image: students of them and of the comparison's must differ."""
+    student = replace(toy_recipe.student, train=replace(toy_recipe.student.train, epochs=12))
+    recipe = replace(toy_recipe, labels=("hard", "static"), seeds=(0,), student=student, controls=False)
+    hard, static = run_grid(recipe, tmp_path / "made", methods=("infer",))["rows"]
+    mine = load_distilled(tmp_path / "made/sets/infer-ipc4/distilled")
+    wrong = (mine.labels[mine.view_table()[:, 0]] + 1) % 4
+    logits = 40.0 * torch.nn.functional.one_hot(wrong, 4).half()
+    mine.with_labels(logits).save(tmp_path / "published")
+    results = run_grid(recipe, tmp_path / "run", methods=(f"theirs=set:{tmp_path}/published",))
+    rows = {(row["method"], row["labels"]): row for row in results["rows"]}
+    own = rows.pop(("theirs, its own labels", "static"))
+    assert [rows["theirs", kind]["top1"] for kind in ("hard", "static")] == [hard["top1"], static["top1"]]
+    assert own["top1"] < static["top1"]
+    assert own["over_hard"][0] == pytest.approx(own["top1"][0] - hard["top1"][0])
+    assert own["bytes"]["raw"] == static["bytes"]["raw"]
+    published = load_distilled(tmp_path / "published")
+    apart = students.evaluate(published, load_real(recipe.data), student, (0,), plan, Run())
+    assert own["top1"] == [round(100 * v, 3) for v in apart.top1]
+
+
+def test_labels_that_a_set_came_with_and_no_row_has_are_told_of(
+    toy_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = replace(toy_recipe, labels=("static",), seeds=(0,))
+    with Run(tmp_path / "made") as run:
+        pipeline.make_recipe_set(recipe, run)
+    ready = f"set:{tmp_path}/made"
+    run_grid(replace(recipe, labels=("hard",)), tmp_path / "run", methods=(ready,))
+    assert "no row has the static labels that it came with, since only hard" in capsys.readouterr().err
+
+
+def test_a_set_that_is_there_has_random_images_of_its_bytes_beside_it(toy_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = replace(toy_recipe, labels=("static",), seeds=(0,))
+    run_grid(recipe, tmp_path / "made", methods=("infer",))
+    (row,) = run_grid(recipe, tmp_path / "run", methods=(f"mine=set:{tmp_path}/made/sets/infer-ipc4",), budget="bytes")[
+        "rows"
+    ]
+    held = sum(row["bytes"]["raw"].values())
+    each = 4 * (3 * 8 * 8 + 2 * 4)  # classes, and a random image's pixels and static label
+    assert row["ipc"] == held // each
+    assert row["matched_ipc"] == 4
+    assert row["byte_budget"] == row["ipc"] * each
+    assert len(load_distilled(tmp_path / f"run/sets/random-ipc{row['ipc']}/distilled").images) == 4 * row["ipc"]
+
+
+def test_another_draw_of_a_set_has_random_images_of_its_draw_beside_it(toy_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = replace(toy_recipe, labels=("hard",), seeds=(0,))
+    results = run_grid(recipe, tmp_path / "run", methods=("infer", "again=infer:distill_seed=1"))
+    assert [row["method"] for row in results["rows"]] == ["infer", "again"]
+    prints = {path.name: load_distilled(path / "distilled").fingerprint for path in (tmp_path / "run/sets").iterdir()}
+    assert len(set(prints.values())) == len(prints) == 4  # each draw's own random images
+    with pytest.raises(StillroomError, match=r"distill_seed '-1'; give a whole number"):
+        grid.read_method("infer:distill_seed=-1", recipe)
+
+
+def test_students_on_all_real_images_are_trained_where_the_grid_asks_or_a_teacher_is_one(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(NETWORKS, "other", NETWORKS["toynet"])
+    recipe = replace(toy_recipe, labels=("static",), seeds=(0,))
+    known = run_grid(recipe, tmp_path / "run", methods=("random",), students=("toynet", "other"))
+    assert known["real"].keys() == {"toynet"}
+    assert 100 * known["real"]["toynet"] == pytest.approx(known["teachers"]["toynet"]["top1"], abs=0.01)
+    assert "real images, trained as teachers are: toynet " in (tmp_path / "run/table.md").read_text()
+    asked = run_grid(recipe, tmp_path / "run", methods=("random",), students=("toynet", "other"), real=True)
+    assert asked["real"].keys() == {"toynet", "other"}
+
+
 def test_every_difference_and_the_protocol_stand_in_the_table(toy_recipe: Recipe, tmp_path: Path) -> None:
     results = run_grid(replace(toy_recipe, labels=("static",)), tmp_path / "run", methods=("infer",))
     header, (row,) = render.table_of(results)
@@ -584,18 +668,16 @@ def test_a_plain_grid_on_a_preset_shows_every_number_of_the_paper_for_its_cells(
     shown = set()
     for dataset, ipc, method, kind, student in paper.PAPER:
         infer = find_recipe(f"infer-{dataset}-ipc{ipc}")
-        entry = grid.Entry(method, ipc, grid.read_method(method, infer))
+        entry = grid.Entry(method, method, ipc, grid.read_method(method, infer))
         if compare.paper_number(entry, kind, replace(infer.student, network=student), FACTS[dataset]):  # type: ignore[arg-type]
             shown.add((dataset, ipc, method, kind, student))
     assert shown == set(paper.PAPER)
 
 
 def test_cells_by_learned_labels_and_by_bytes_that_cannot_be_are_refused(toy_recipe: Recipe, tmp_path: Path) -> None:
-    run_grid(replace(toy_recipe, labels=("hard",), seeds=(0,)), tmp_path / "made", methods=("random",))
-    ready = f"set:{tmp_path}/made/sets/random-ipc4"
     for labels_, options, message in (
         (("static", "learned"), {"methods": ("random", "infer")}, "learned labels: no method or set of the grid"),
-        (("hard",), {"methods": ("random", ready), "budget": "bytes"}, f"{ready}: its budget is what it is"),
+        (("hard",), {"methods": ("mine=set:nowhere",)}, "mine: .*nowhere"),
     ):
         with pytest.raises(StillroomError, match=f"these cells cannot be:\n  {message}"):
             run_grid(replace(toy_recipe, labels=labels_), tmp_path / "run", **options)  # type: ignore[arg-type]
@@ -623,14 +705,14 @@ def test_published_numbers_stand_beside_the_published_cells_alone(toy_recipe: Re
         ("gvbsm-cifar100-ipc10", "static", None),
     ):
         recipe = find_recipe(name)
-        entry = grid.Entry(recipe.method, 10, recipe)
+        entry = grid.Entry(recipe.method, recipe.method, 10, recipe)
         assert compare.paper_number(entry, labels_of, recipe.student, cifar) == expected
         spelt = replace(entry, name=f"{recipe.method}:spelt")
         assert compare.paper_number(spelt, labels_of, recipe.student, cifar) == expected
         changed = replace(entry, recipe=grid.read_method(*CHANGED[recipe.method], recipe))
         assert compare.paper_number(changed, labels_of, recipe.student, cifar) is None
     infer = find_recipe("infer-cifar100-ipc10")
-    random = grid.Entry("random", 10, replace(infer, method="random"))
+    random = grid.Entry("random", "random", 10, replace(infer, method="random"))
     assert compare.paper_number(random, "hard", infer.student, cifar) == [15.8, 0.2]
 
 
@@ -647,7 +729,7 @@ def test_the_papers_ablations_stand_beside_fewer_teachers_of_compensators_or_lab
         (f"infer:teachers=[{first}],steps=3", None),
         (f"sre2l:labelled_by=[{first}]", None),
     ):
-        entry = grid.Entry(method, 10, grid.read_method(method, infer))
+        entry = grid.Entry(method, method, 10, grid.read_method(method, infer))
         assert compare.paper_number(entry, "dynamic", infer.student, real) == expected  # type: ignore[arg-type]
 
 
@@ -690,7 +772,10 @@ def test_a_control_that_fails_is_marked_and_takes_nothing_else_with_it(
 
 def lost_controls(row: dict[str, Any]) -> set[str]:
     header, (texts,) = render.table_of({"rows": [row], "protocol": "own"})
-    return {name for name, text in zip(header, texts, strict=True) if text == "failed"}
+    lost = {name for name, text in zip(header, texts, strict=True) if text == "failed"}
+    reached = {name.removeprefix("vs ") for name in render.CONTROLS}
+    assert lost & reached == {name.removeprefix("vs ") for name in lost & render.CONTROLS.keys()}
+    return lost - reached
 
 
 def test_a_row_stands_where_random_images_cannot_be_read_back(toy_recipe: Recipe, tmp_path: Path) -> None:
@@ -704,13 +789,15 @@ def test_a_row_stands_where_random_images_cannot_be_read_back(toy_recipe: Recipe
     assert lost_controls(row) == set(render.CONTROLS)
 
 
-def test_a_damaged_measure_of_duplication_is_an_error_and_not_an_empty_cell(toy_recipe: Recipe, tmp_path: Path) -> None:
+def test_a_damaged_measure_of_duplication_is_made_anew_and_leaves_no_empty_cell(
+    toy_recipe: Recipe, tmp_path: Path
+) -> None:
     recipe = replace(toy_recipe, labels=("hard",), seeds=(0,))
-    run_grid(recipe, tmp_path / "run", methods=("infer",))
-    (unit,) = (tmp_path / "run/units").glob("duplication-*")
+    (before,) = run_grid(recipe, tmp_path / "run", methods=("infer",))["rows"]
+    (unit,) = (tmp_path / "run/units").glob("duplication-*.json")
     unit.write_bytes(unit.read_bytes().replace(b"0.", b"1.", 1))
     (row,) = run_grid(recipe, tmp_path / "run", methods=("infer",))["rows"]
-    assert f"{unit} was damaged or edited" in row["error"]
+    assert row["duplication"] == before["duplication"] is not None
 
 
 def test_a_row_stands_where_a_control_cannot_be_labelled(
@@ -837,6 +924,21 @@ def test_a_teachers_statistics_are_gathered_once_for_all_budgets(toy_recipe: Rec
     assert not list((tmp_path / "run/sets").glob("*/units/statistics-*"))
 
 
+def test_images_are_ranked_once_for_all_budgets(toy_recipe: Recipe, tmp_path: Path) -> None:
+    """And the first of a ranking are what the smaller budget alone would take."""
+    methods = ("herding", "k_center", "rded")
+    recipe = replace(smoke(toy_recipe), teachers=toy_recipe.teachers, student=toy_recipe.student, labels=("hard",))
+    run_grid(recipe, tmp_path / "run", methods=methods, ipc=(3, 2))
+    for method in methods:
+        assert len(list((tmp_path / "run/units").glob(f"{method}-*"))) == 1
+        with Run(tmp_path / method) as run:
+            pipeline.make_recipe_set(replace(recipe, method=method, ipc=2), run)
+        alone, shared = (
+            load_distilled(folder / "distilled") for folder in (tmp_path / method, tmp_path / f"run/sets/{method}-ipc2")
+        )
+        assert torch.equal(alone.images, shared.images)
+
+
 def test_soft_labels_stand_beside_the_hard_ones_of_the_same_set_in_whatever_order(
     toy_recipe: Recipe, tmp_path: Path
 ) -> None:
@@ -859,7 +961,7 @@ def test_each_seed_has_its_column_for_machines_and_the_caption_says_of_what_the_
         assert float(record[f"top1.seed{seed}"]) == row["top1"][place]
         assert float(record[f"top5.seed{seed}"]) == row["top5"][place]
     assert float(record["holds.images_per_class"]) == 3
-    caption = (tmp_path / "run/table.md").read_text().splitlines()[-1]
+    caption = (tmp_path / "run/table.md").read_text().splitlines()[0]
     assert "of students on one draw of each set" in caption
     assert "Teachers: toynet " in caption
 
@@ -878,14 +980,27 @@ def test_what_a_set_uses_of_its_byte_budget_is_shown(toy_recipe: Recipe, tmp_pat
     )
 
 
-def test_sets_that_the_grid_no_longer_names_are_told_of(
+def test_what_the_table_before_had_and_this_command_does_not_name_is_told_of(
     toy_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    recipe = replace(toy_recipe, labels=("hard", "static"), seeds=(0, 1))
+    run_grid(recipe, tmp_path / "run", methods=("random", "infer"), ipc=(3, 4))
+    told = capsys.readouterr().err
+    assert "not in this table" not in told
+    assert "(kept)" not in told
+    run_grid(replace(recipe, labels=("hard",), seeds=(0,)), tmp_path / "run", methods=("random",), ipc=(4,))
+    told = capsys.readouterr().err
+    assert "in the one before it: methods infer; ipc 3; labels static; seeds 1. A table has" in told
+    assert "random, ipc 4, hard, toynet: " in told
+    assert told.count("(kept)") == 1
+
+
+def test_a_damaged_table_is_written_anew(toy_recipe: Recipe, tmp_path: Path) -> None:
     recipe = replace(toy_recipe, labels=("hard",), seeds=(0,))
-    run_grid(recipe, tmp_path / "run", methods=("random", "infer"))
-    assert "not in this table" not in capsys.readouterr().err
-    run_grid(recipe, tmp_path / "run", methods=("random",))
-    assert "not in this table, since --grid.methods does not name them: infer-ipc4" in capsys.readouterr().err
+    before = run_grid(recipe, tmp_path / "run", methods=("random",))
+    path = tmp_path / "run/comparison.json"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert without_times(run_grid(recipe, tmp_path / "run", methods=("random",))) == without_times(before)
 
 
 def test_students_of_the_grid_have_rows_of_their_own_and_unknown_ones_are_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -39,6 +40,12 @@ def test_the_plan_keeps_what_was_asked_for() -> None:
     assert plan.dtype == torch.bfloat16
     assert plan.torch_version == torch.__version__
     assert Plan(**plan.as_dict()) == plan
+
+
+def test_threads_are_those_that_the_environment_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for asked, threads in (("3", 3), ("", len(os.sched_getaffinity(0))), ("0", len(os.sched_getaffinity(0)))):
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+        assert resolve_plan(ComputeConfig("cpu", compile="off")).threads == threads
 
 
 @pytest.mark.parametrize(("flags", "precision"), [({"avx2"}, "float32"), ({"avx2", "avx512_bf16"}, "bfloat16")])

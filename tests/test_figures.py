@@ -104,6 +104,23 @@ def test_methods_have_colours_of_their_own() -> None:
     assert style.colours_of(names).keys() == set(names)
 
 
+def test_an_axis_of_a_narrow_range_has_two_ticks() -> None:
+    from matplotlib.figure import Figure
+
+    for values, ticks in (([0.0611, 0.0788], [0.0611, 0.0788]), ([0.02, 0.4], [0.02, 0.03, 0.05, 0.1, 0.2, 0.3])):
+        axes = Figure().subplots()
+        axes.set_xscale("log")
+        style.plain_ticks(axes.xaxis, np.array(values))
+        assert axes.xaxis.get_majorticklocs() == pytest.approx(ticks)
+
+
+def test_letters_that_no_font_has_are_told_of_once() -> None:
+    arrays = read_csv(GAIN.replace("ipc 4", "ipc \U0001e900\U0001e901"), gallery.results.Gain)  # Adlam
+    with pytest.warns(UserWarning, match="boxes") as said:
+        gallery.render("gain", arrays, "png")
+    assert ["drawn as boxes" in str(one.message) for one in said] == [True]
+
+
 def test_the_users_own_settings_change_no_figure(studied: Finished) -> None:
     import matplotlib
 

@@ -20,8 +20,8 @@ from stillroom.errors import StillroomError
 from stillroom.methods import gvbsm
 from stillroom.methods.gvbsm import (
     GvbsmConfig,
-    Layout,
     Matcher,
+    StatisticsLayout,
     densification_loss,
     draw_kept,
     find_classmates,
@@ -103,7 +103,7 @@ def test_a_matcher_lays_out_the_statistics_of_all_layers_in_the_order_they_run()
 
 
 def test_matching_has_the_value_of_the_average_and_the_gradient_of_this_step() -> None:
-    layout = Layout(
+    layout = StatisticsLayout(
         (2, 3),
         torch.tensor([0, 1]),
         torch.tensor([0, 0, 1, 1, 1]),
@@ -124,7 +124,7 @@ def test_matching_has_the_value_of_the_average_and_the_gradient_of_this_step() -
 
 
 def test_an_average_begins_at_the_first_statistics_and_a_dropped_layer_neither_counts_nor_moves() -> None:
-    layout = Layout(
+    layout = StatisticsLayout(
         (2, 3), torch.tensor([0, 1]), torch.tensor([0, 0, 1, 1, 1]), torch.tensor([True, False]), torch.zeros(5)
     )
     statistics, begun = noise(1, 5).requires_grad_(), torch.full((1, 5), float("nan"))

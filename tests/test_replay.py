@@ -65,8 +65,8 @@ def train_losses(
     distilled: DistilledSet, teachers: list[Teacher], toynet: str, toy: RealData, plan: Plan, seed: int, steps: int = 10
 ) -> list[float]:
     config = StudentConfig(toynet, TRAIN)
-    result = train_student(distilled, toy, config, TRAIN, steps, seed, teachers, plan, Run(), "unit")
-    return [row["loss"] for row in result["history"]]
+    _, history = train_student(distilled, toy, config, TRAIN, steps, seed, teachers, plan, Run(), "unit")
+    return [row["loss"] for row in history]
 
 
 # ---- what is replayed

@@ -16,7 +16,7 @@ import torch
 from stillroom import files
 from stillroom import run as run_module
 from stillroom.errors import StillroomError, TimeLimitReached
-from stillroom.run import Run
+from stillroom.run import Run, Task
 
 PLAN = {"device": "cpu", "threads": 1, "processor": "abacus", "torch_version": "2", "seed_scheme": 1, "compile": "auto"}
 
@@ -271,7 +271,7 @@ def test_a_damaged_configuration_is_refused_and_not_computed_by(tmp_path: Path) 
         path = tmp_path / "config.json"
         whole = path.read_text()
         for old, new, said in (
-            ('"chunk": 3', '"chunk": 2', "SHA-256"),
+            ('"chunk": 3', '"chunk": 2', "damaged or edited"),
             ('"plan"', '"plbn"', "lacks plan"),
             ("{", "[{", "not valid JSON"),
         ):
@@ -291,6 +291,37 @@ def test_a_unit_whose_seal_has_lost_its_name_is_refused(tmp_path: Path, old: byt
             path.write_bytes(path.read_bytes().replace(old, new))
         with pytest.raises(StillroomError, match="damaged or edited"):
             run.load_unit("large" if b"meta" in old or b"\\" in old else "small")
+
+
+def test_a_damaged_unit_is_put_aside_and_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = [Task("small", lambda: ({"loss": 0.5}, None)), Task("large", lambda: ({}, {"x": torch.arange(3)}))]
+    with Run(tmp_path) as run:
+        first = run.carry_out(tasks)
+        for path in list((tmp_path / "units").iterdir()):
+            path.write_bytes(path.read_bytes()[:-5])
+        again = run.carry_out(tasks)
+        assert first[0] == again[0]
+        assert torch.equal(first[1][1]["x"], again[1][1]["x"])
+        assert capsys.readouterr().err.count("made anew") == 2
+        run.carry_out(tasks)
+    assert {path.name for path in (tmp_path / "units").iterdir()} == {
+        f"{name}{end}" for name in ("small.json", "large.safetensors") for end in ("", ".damaged")
+    }
+    assert not capsys.readouterr().err
+
+
+def test_units_without_their_configuration_are_of_no_settings_and_refused(tmp_path: Path) -> None:
+    plan = {"seed_scheme": 1, "device": "cpu", "compile": "off"} | dict.fromkeys(("processor", "torch_version"))
+    with Run(tmp_path) as run:
+        run.bind_config({"steps": 5}, plan)
+        run.finish_unit("small", {"loss": 0.5})
+        path = tmp_path / "config.json"
+        path.write_text(path.read_text()[:-9])
+        with pytest.raises(StillroomError, match=r"config\.json' was damaged .*restore it, or give another directory"):
+            run.bind_config({"steps": 6}, plan)
+        path.unlink()
+        with pytest.raises(StillroomError, match=r"config\.json' is gone.*restore it, or give another directory"):
+            run.bind_config({"steps": 6}, plan)
 
 
 def test_damaged_events_and_a_clock_set_back_do_not_stop_a_run(tmp_path: Path) -> None:

@@ -343,8 +343,8 @@ def test_students_of_one_seed_draw_alike_and_others_do_not(
     config = StudentConfig(toynet, MIXED)
 
     def losses(seed: int) -> list[float]:
-        result = train_student(distilled, toy, config, MIXED, 6, seed, [], plan, Run(), "unit")
-        return [row["loss"] for row in result["history"]]
+        _, history = train_student(distilled, toy, config, MIXED, 6, seed, [], plan, Run(), "unit")
+        return [row["loss"] for row in history]
 
     assert losses(0) == losses(0)
     assert losses(0) != losses(1)

@@ -163,6 +163,20 @@ def test_what_processes_cannot_share_is_refused_and_the_next_training_goes_on(to
     train(toy, pair.plan, Run(), ToyNet(0), replace(SGD, epochs=1))
 
 
+def test_more_processes_than_cards_and_a_card_by_number_are_refused(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(StillroomError, match=r"each of 2 processes has a card of its own; give --compute.device cuda"):
+        resolve_plan(ComputeConfig("cuda:0", "float32", "off", 1))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(
+        StillroomError, match=r"2 processes on this machine, which has 1 cards; give .* --compute.device cpu"
+    ):
+        resolve_plan(ComputeConfig("cuda", "float32", "off", 1))
+
+
 def test_a_run_goes_on_with_another_number_of_processes_and_says_so(plan: Plan, pair: Pair, tmp_path: Path) -> None:
     before = {name: value for name, value in asdict(plan).items() if name != "processes"}  # as plans were
     with Run(tmp_path / "run") as run:

@@ -80,7 +80,7 @@ def map_boundaries(study: Study) -> Boundaries:
     return Boundaries(
         dataset=real.name,
         student=study.student_config.network,
-        labels=config.labels,
+        labels=study.labels,
         neighbours=min(NEIGHBOURS, len(rows)),
         set=np.array(names),
         steps=np.array([study.steps(name) for name in names]),

@@ -40,7 +40,7 @@ def measure_landscape(study: Study) -> Landscape:
     return Landscape(
         dataset=real.name,
         student=study.student_config.network,
-        labels=config.labels,
+        labels=study.labels,
         images=len(starts),
         set=np.array(names),
         steps=np.array([study.steps(name) for name in names]),
@@ -99,7 +99,7 @@ def measure_difficulty(study: Study) -> Difficulty:
     return Difficulty(
         dataset=real.name,
         student=study.student_config.network,
-        labels=config.labels,
+        labels=study.labels,
         reference=reference.name,
         set=np.array(names),
         steps=np.array([study.steps(name) for name in names]),
@@ -127,7 +127,7 @@ def measure_calibration(study: Study) -> Calibration:
     return Calibration(
         dataset=study.real.name,
         student=study.student_config.network,
-        labels=study.config.labels,
+        labels=study.labels,
         set=np.array(names),
         steps=np.array([study.steps(name) for name in names]),
         seed=np.array(seeds),
@@ -165,7 +165,7 @@ def measure_classes(study: Study) -> ClassAccuracy:
     return ClassAccuracy(
         dataset=real.name,
         student=study.student_config.network,
-        labels=study.config.labels,
+        labels=study.labels,
         set=np.array(names),
         steps=np.array([study.steps(name) for name in names]),
         seed=np.array(seeds),

@@ -31,6 +31,11 @@ OWN_COLOURS = {
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # never by colour alone
 BACKGROUNDS = {False: "white", True: "#15181c"}
 INKS = {False: "#222222", True: "#dddddd"}
+# Fonts with letters that matplotlib's own lacks, by the systems that have them: class names are in any script.
+OTHER_SCRIPTS = (
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo",
+    "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji",
+)  # fmt: skip
 SURFACE = "cividis"  # of equal steps to every eye
 
 Shown = TypeVar("Shown", contravariant=True)
@@ -48,10 +53,13 @@ def styled(draw: Callable[[Shown], Figure]) -> Draw[Shown]:
     @functools.wraps(draw)
     def drawn(arrays: Shown, dark: bool = False) -> Figure:
         import matplotlib
+        from matplotlib.font_manager import fontManager
 
         ink, paper = INKS[dark], BACKGROUNDS[dark]
         inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+        installed = {font.name for font in fontManager.ttflist}
         own: dict[Any, Any] = {
+            "font.family": ["DejaVu Sans", *(name for name in OTHER_SCRIPTS if name in installed)],
             **dict.fromkeys(inked, ink),
             **dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), paper),
             "axes.spines.top": False,
@@ -116,10 +124,11 @@ def plain_ticks(axis: Axis, values: np.ndarray) -> None:
     low, high = 0.7 * values.min(), 1.4 * values.max()
     digits = (1, 2, 3, 5) if high < 100 * low else (1, 3) if high < 3000 * low else (1,)
     known = np.array([digit * 10.0**power for power in range(-12, 12) for digit in digits])
-    inside = known[(known >= low) & (known <= high)]
-    axis.set_major_locator(FixedLocator((inside if len(inside) else values).tolist()))
+    inside = known[(known >= values.min() / 1.05) & (known <= 1.05 * values.max())]  # an axis shows little more
+    few = np.unique([values.min(), values.max()])  # of a range that no two round numbers lie in
+    axis.set_major_locator(FixedLocator((inside if len(inside) > 1 else few).tolist()))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
 
 
 def few_ticks(count: int = 4, *, whole: bool = False) -> Any:

@@ -39,6 +39,8 @@ from stillroom.run import Run
 from stillroom.teachers import Teacher
 from stillroom.train import apply_normalization, fit_batch
 
+RANKED = 100  # images of a class that are put in order whatever the budget, so that smaller budgets take their part
+
 
 @dataclass(frozen=True)
 class HerdingConfig:
@@ -116,8 +118,8 @@ def distill_herding(
 ) -> DistilledSet:
     """Return the first `ipc` picks of herding in each class. Raises StillroomError for bad input."""
 
-    def pick(features: Tensor) -> Tensor:
-        return pick_herding(nn.functional.normalize(features) if config.normalize else features, ipc)
+    def pick(features: Tensor, count: int) -> Tensor:
+        return pick_herding(nn.functional.normalize(features) if config.normalize else features, count)
 
     return _distill("herding", asdict(config), pick, real, teachers, ipc, seed, plan, run)
 
@@ -126,11 +128,7 @@ def distill_k_center(
     real: RealData, teachers: list[Teacher], ipc: int, config: KCenterConfig, seed: int, plan: Plan, run: Run
 ) -> DistilledSet:
     """Return the first `ipc` picks of k-center greedy in each class. Raises StillroomError for bad input."""
-
-    def pick(features: Tensor) -> Tensor:
-        return pick_k_centers(features, ipc)
-
-    return _distill("k_center", asdict(config), pick, real, teachers, ipc, seed, plan, run)
+    return _distill("k_center", asdict(config), pick_k_centers, real, teachers, ipc, seed, plan, run)
 
 
 def _check(method: str, real: RealData, networks: Mapping[str, nn.Module], ipc: int) -> int:
@@ -148,7 +146,7 @@ def _check(method: str, real: RealData, networks: Mapping[str, nn.Module], ipc: 
 def _distill(
     method: str,
     settings: dict[str, Any],
-    pick: Callable[[Tensor], Tensor],
+    pick: Callable[[Tensor, int], Tensor],
     real: RealData,
     teachers: list[Teacher],
     ipc: int,
@@ -158,12 +156,15 @@ def _distill(
 ) -> DistilledSet:
     _check(method, real, {teacher.name: teacher.model for teacher in teachers}, ipc)
     rows = rows_by_class(real, ipc)
+    ranked = min(max(RANKED, ipc), *map(len, rows))
 
     def choose(index: int) -> Tensor:
         # Distances in float64 on the CPU: a pick must not hang on how a device rounds. A class at a time is in memory.
-        return rows[index][pick(compute_features(teachers[0], real, rows[index], plan).double())]
+        return rows[index][pick(compute_features(teachers[0], real, rows[index], plan).double(), ranked)]
 
-    chosen = choose_by_class(teachers[0], real.classes, choose, method, run).T  # [ipc, classes]
+    # The first of a longer ranking are those of a shorter one.
+    order = choose_by_class(teachers[0], real.classes, choose, method, [settings, ranked], run)
+    chosen = order[:, :ipc].T  # [ipc, classes]
     images, labels = take_naturals(real, chosen)
     slots = torch.arange(ipc).repeat_interleave(real.classes)
     manifest = describe_set(method, {method: settings}, real, ipc, seed, teachers, ViewSettings())

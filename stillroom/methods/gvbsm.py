@@ -136,7 +136,7 @@ class MatchedLayer(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class StatisticsLayout:
     """How a teacher's statistics stand side by side: layers in the order in which they run, each in pieces.
 
     lengths: of the pieces. owners: int64 [pieces], the layer of each; columns: int64 [total], the layer of each value.
@@ -178,7 +178,7 @@ class Matcher(nn.Module):
         return logits.float(), statistics
 
     @torch.no_grad()
-    def find_layout(self, image_size: int) -> Layout:
+    def find_layout(self, image_size: int) -> StatisticsLayout:
         """Return the layout of the statistics, found by one pass of black images."""
         ran: list[MatchedLayer] = []
         hooks = [
@@ -194,7 +194,7 @@ class Matcher(nn.Module):
         pieces = [(index, piece) for index, pieces in enumerate(self.sink) for piece in pieces]
         self.sink.clear()
         known = [value for layer in ran for value in layer.known]
-        return Layout(
+        return StatisticsLayout(
             tuple(piece.shape[1] for _, piece in pieces),
             torch.tensor([index for index, _ in pieces], device=device),
             torch.tensor([index for index, piece in pieces for _ in range(piece.shape[1])], device=device),
@@ -222,7 +222,7 @@ def matching_loss(
     average: Tensor,
     target: Tensor,
     keep: Tensor,
-    layout: Layout,
+    layout: StatisticsLayout,
     momentum: float,
     first_layer_weight: float,
 ) -> tuple[Tensor, Tensor]:
@@ -352,7 +352,7 @@ Matching = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tens
 
 def build_matching(
     teacher: nn.Module, target: Tensor, groups: int, image_size: int, config: GvbsmConfig, plan: Plan, calls: int
-) -> tuple[Matching, Layout]:
+) -> tuple[Matching, StatisticsLayout]:
     """Return label loss and GSM's loss of one teacher for `groups` groups, compiled where `calls` repay it."""
     matcher = Matcher(teacher, groups, config.patch_side)
     layout = matcher.find_layout(image_size)
@@ -371,7 +371,11 @@ def build_matching(
 
 
 def build_terms(
-    positions: Tensor, real: RealData, config: GvbsmConfig, plan: Plan, matchings: Sequence[tuple[Matching, Layout]]
+    positions: Tensor,
+    real: RealData,
+    config: GvbsmConfig,
+    plan: Plan,
+    matchings: Sequence[tuple[Matching, StatisticsLayout]],
 ) -> tuple[Terms, list[Tensor]]:
     """Return the terms of G-VBSM's loss for blocks of `positions` int64 [blocks, images], and each teacher's averages.
 
@@ -406,7 +410,7 @@ def build_terms(
     return terms, memory
 
 
-def draw_kept(layout: Layout, drop_rate: float, generator: torch.Generator) -> Tensor:
+def draw_kept(layout: StatisticsLayout, drop_rate: float, generator: torch.Generator) -> Tensor:
     """Return which layers are matched in a step, float32 [layers]: BatchNorms always, convolutions by chance."""
     drawn = torch.rand(len(layout.convolutions), generator=generator) >= drop_rate
     return (drawn | ~layout.convolutions).float()
@@ -437,7 +441,7 @@ def distill(
     blocks = class_blocks(ipc, real.classes, config.images_per_batch, config.rounds)
 
     @functools.cache  # compiled once per number of blocks, and worth it by all of the run's steps
-    def matchings_of(count: int, calls: int) -> list[tuple[Matching, Layout]]:
+    def matchings_of(count: int, calls: int) -> list[tuple[Matching, StatisticsLayout]]:
         return [
             build_matching(teacher.model, target, count, real.image_size, config, plan, calls // len(teachers))
             for teacher, target in zip(teachers, targets, strict=True)

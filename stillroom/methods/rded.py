@@ -74,11 +74,13 @@ def distill(
     """Return `ipc` mosaics per class, uint8. Raises StillroomError for bad input, TimeLimitReached to stop the run."""
     needed = check(real, {teacher.name: teacher.model for teacher in teachers}, ipc, config)
     rows = rows_by_class(real, needed)
+    ranked = min(config.candidates, *map(len, rows))
 
     def choose(index: int) -> Tensor:
-        return choose_tiles(teachers[0], real, index, rows[index], needed, config, seed, plan)
+        return choose_tiles(teachers[0], real, index, rows[index], ranked, config, seed, plan)
 
-    tiles = choose_by_class(teachers[0], real.classes, choose, "rded", run)  # [classes, tiles, 5]
+    best = choose_by_class(teachers[0], real.classes, choose, "rded", [asdict(config), seed], run)
+    tiles = best[:, :needed]  # [classes, tiles, 5]
     images = torch.stack([compose_mosaics(real, own, config.factor, plan) for own in tiles], dim=1)
     labels = torch.arange(real.classes).repeat(ipc)
     slots = torch.arange(ipc).repeat_interleave(real.classes)

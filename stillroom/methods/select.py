@@ -6,7 +6,8 @@ ipc, so that the two differ in what INFER adds and not in luck.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from stillroom.compute import Plan, build_generator
 from stillroom.data import RealData, describe_real
 from stillroom.distilled import DistilledSet, Originals
 from stillroom.errors import StillroomError
+from stillroom.files import sha256_bytes
 from stillroom.manifest import Manifest, Normalization, TeacherFacts, ViewSettings
 from stillroom.run import Run, Task
 from stillroom.teachers import Teacher
@@ -117,17 +119,21 @@ def describe_set(
         ipc=ipc,
         teachers=tuple(TeacherFacts(t.name, 100 * t.accuracy["top1"], t.hash) for t in teachers),
         seeds={"distill": seed},
-        extra={"skipped_images": real.skipped_images} if real.skipped_images else {},
+        extra={"skipped_images": len(real.skipped_images)} if real.skipped_images else {},
         views=views,
     )
 
 
-def choose_by_class(teacher: Teacher, classes: int, choose: Callable[[int], Tensor], unit: str, run: Run) -> Tensor:
-    """Return ``choose(0), choose(1), ...`` stacked: int64 [classes, ...], what is taken from each class.
+def choose_by_class(
+    teacher: Teacher, classes: int, choose: Callable[[int], Tensor], method: str, settings: Sequence[Any], run: Run
+) -> Tensor:
+    """Return ``choose(0), choose(1), ...`` stacked: int64 [classes, ...], what is taken from each class, best first.
 
-    One unit of work of the run, whose checkpoint holds the classes that are done. Raises StillroomError where these
-    were chosen with other weights of the teacher, TimeLimitReached where the run is to stop.
+    One unit of work, which sets of one comparison share whose `settings` are equal: as many are ranked whatever the
+    budget. Its checkpoint holds the classes that are done. Raises StillroomError where these were chosen with other
+    weights of the teacher, TimeLimitReached where the run is to stop.
     """
+    run, unit = run.shared, f"{method}-{sha256_bytes(json.dumps(settings).encode())[:8]}"
 
     def fits(made: dict[str, Any]) -> bool:
         if made["hash"] != teacher.hash:

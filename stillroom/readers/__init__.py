@@ -47,10 +47,10 @@ __all__ = [
     "read_tiny_imagenet",
 ]
 
-Layout = Literal["tiny-imagenet", "ilsvrc", "class folders", "parquet", "shards"]
+SourceLayout = Literal["tiny-imagenet", "ilsvrc", "class folders", "parquet", "shards"]
 
 
-def find_layout(root: Path) -> Layout | None:
+def find_layout(root: Path) -> SourceLayout | None:
     """How the dataset in the folder `root` is laid out; None where it has neither class folders nor files to read."""
     has_train = (root / "train").is_dir()
     if has_train and (root / "wnids.txt").is_file():

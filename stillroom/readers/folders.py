@@ -44,6 +44,7 @@ def _files_below(folder: Path) -> list[str]:
 def read_class_folders(root: Path, split: str, classes: Sequence[str]) -> Split:
     paths: list[str] = []
     labels: list[int] = []
+    empty: list[str] = []
     for label, name in enumerate(classes):
         folder = root / split / name
         if not folder.is_dir():
@@ -53,9 +54,13 @@ def read_class_folders(root: Path, split: str, classes: Sequence[str]) -> Split:
         prefix = f"{split}/{name}/images" if (folder / "images").is_dir() and not beside else f"{split}/{name}"
         files = _files_below(root / prefix)
         if not files:
-            raise StillroomError(f"{folder} holds no images; add some, or remove the class everywhere.")
+            empty.append(name)
         paths += [f"{prefix}/{file}" for file in files]
         labels += [label] * len(files)
+    if empty:
+        raise StillroomError(
+            f"{root / split} has no images in the folders {quoted(empty)}; add some, or remove the classes."
+        )
     return Split(FileImages(root, tuple(paths)), np.array(labels, np.int64))
 
 
