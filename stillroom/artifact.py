@@ -38,6 +38,10 @@ OWN_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8}\.tmp|[0-9a-f]{12}\.staged)")
 HELD_BYTES = 2**30  # of pixels that are held decoded: all of Tiny-ImageNet's 50 images per class, not ImageNet's 10
 BLOCK_BYTES = 2**26  # of pixels that are looked at at a time where a set is gone through
 
+END_OF_IMAGE, START_OF_SCAN = 0xD9, 0xDA  # of a JPEG file's markers
+METADATA_MARKERS = {*range(0xE1, 0xF0), 0xFE} - {0xEE}  # application data and comments; JFIF's and Adobe's are read
+NEXT_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]", re.DOTALL)  # after data, in which stuffed 0xff and restarts lie
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -274,6 +278,45 @@ def encode_picture(image: Tensor, encoding: ImageEncoding) -> bytes:
     else:
         picture.save(buffer, "JPEG", quality=int(encoding.removeprefix("jpeg")), subsampling=0, optimize=True)
     return buffer.getvalue()
+
+
+def keep_original(image: Tensor, original: bytes | None) -> bytes | None:
+    """Return the JPEG file `original` without its metadata where it decodes to `image` (uint8 [3, height, width]), else
+    None: for other formats, gray or turned pictures, and images that were cut or resized."""
+    if original is None or not original.startswith(b"\xff\xd8"):
+        return None
+    try:
+        bare = strip_metadata(original)
+        pixels = decode_picture(bare, "jpeg95", (image.shape[2], image.shape[1]))
+    except Exception:  # Pillow's plugins raise nearly anything; what it reads otherwise is encoded anew
+        return None
+    return bare if torch.equal(pixels, image) else None
+
+
+def strip_metadata(content: bytes) -> bytes:
+    """Return a JPEG file's bytes without those that do not decide its pixels: EXIF (places, cameras, orientation), XMP,
+    colour profiles, comments, and whatever follows its end (ITU-T T.81, B.1).
+
+    Raises ValueError, or IndexError, for content that is no whole JPEG.
+    """
+    parts, at = [content[:2]], 2
+    while True:
+        while content[at : at + 2] == b"\xff\xff":  # fill bytes
+            at += 1
+        if content[at] != 0xFF:
+            raise ValueError("there is no marker where a segment should begin")
+        marker = content[at + 1]
+        if marker == END_OF_IMAGE:
+            return b"".join([*parts, content[at : at + 2]])
+        end = at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+        if marker == START_OF_SCAN:  # entropy-coded data follow
+            found = NEXT_MARKER.search(content, end)
+            if found is None:
+                raise ValueError("there is no end")
+            end = found.start()
+        if marker not in METADATA_MARKERS:
+            parts.append(content[at:end])
+        at = end
 
 
 def decode_picture(content: bytes, encoding: ImageEncoding, size: tuple[int, int]) -> Tensor:

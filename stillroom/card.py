@@ -112,6 +112,8 @@ def build_card(manifest: Manifest) -> bytes:
         "",
         f"- `{files['images'].name}`: image, label, slot; opens by `datasets.load_dataset` of this folder",
     ]
+    if kept := manifest.extra.get("original_images"):
+        lines[-1] += f". {len(kept)} of the images are the real ones' own JPEG files, without metadata"
     if manifest.image_encoding == "float16":
         lines[-1] += (
             ". An image is the bytes of float16 pixels [3, height, width] in [0, 1] units, little-endian; they may lie "

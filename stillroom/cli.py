@@ -16,7 +16,8 @@
 Trained teachers are kept in a cache: --teachers.cache DIR (clean: --cache DIR), or else the environment variable
 STILLROOM_CACHE, or else ~/.cache/stillroom.
 
-Several workers share one run by --engine shared, each the same command, or by --engine ray (docs/cluster.md).
+Several workers share one run by --engine shared, each the same command, or by --engine ray; several GPUs share each
+training by torchrun -m stillroom.cli ... (docs/cluster.md).
 
 Exit codes: 0 done; 1 could not be done (the message says why); 2 wrong usage; 3 stopped by --time-limit or a signal,
 with everything saved: the same command goes on.
@@ -34,7 +35,7 @@ from typing import Annotated, Literal, TypeVar
 import torch
 import tyro
 
-from stillroom import __version__
+from stillroom import __version__, together
 from stillroom.cluster import spread
 from stillroom.compare import compare
 from stillroom.compute import ComputeConfig, Plan, resolve_plan
@@ -48,7 +49,7 @@ from stillroom.figure_command import figure_command
 from stillroom.files import read_sealed, require_free_folder, write_json
 from stillroom.grid import Comparison, Grid, comparison_of
 from stillroom.labels import PoolConfig, attach_labels
-from stillroom.manifest import LabelKind
+from stillroom.manifest import LabelKind, read_manifest
 from stillroom.pipeline import (
     bound_settings,
     holds_labels,
@@ -64,7 +65,7 @@ from stillroom.replay import with_batches_of
 from stillroom.report_command import report_command, write_report
 from stillroom.run import Run, finished_units
 from stillroom.settings import parse_duration, parse_words, read_config, read_plain, reading_words, to_yaml
-from stillroom.students import StudentConfig, check_matches, evaluate
+from stillroom.students import Evaluation, StudentConfig, check_matches, evaluate
 from stillroom.tables import (
     print_where,
     show_budget,
@@ -85,13 +86,16 @@ from stillroom.teachers import (
     load_teachers,
     untrained_teachers,
 )
+from stillroom.train import help_others
 from stillroom.watch import watch_command
 from stillroom.workers import name_worker
 
 OK, FAILED, USAGE, STOPPED = 0, 1, 2, 3
 
 # What a command is told anew each time, so that no file of settings holds it.
-NO_SETTINGS = ("distilled", "protocol", "out", "config", "time_limit", "print_config")
+NO_SETTINGS = (
+    "distilled", "protocol", "out", "config", "time_limit", "engine", "workers", "ray_address", "print_config",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,10 @@ class EvaluateCommand:
     out: Path | None = None  # run directory; the students are not kept if not given
     config: Path | None = None  # YAML file with settings; flags override it
     time_limit: str | None = None  # stop cleanly after this time (90s, 9m, 2h)
+    engine: Literal["local", "shared", "ray"] = "local"
+    """Who does the work: this process; this one and others of the same command (a job array); or workers on Ray."""
+    workers: int | None = None  # on Ray; None: as many as there is room for
+    ray_address: str | None = None  # HOST:PORT or auto; None: $RAY_ADDRESS, or else a cluster of this machine alone
     print_config: bool = False  # print the resolved settings as YAML and stop
 
 
@@ -205,6 +213,18 @@ Result = TypeVar("Result")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     words = sys.argv[1:] if argv is None else argv
+    if not together.launched():
+        return _carry_out_words(words)
+    if not together.join():
+        help_others()
+        return OK
+    try:
+        return _carry_out_words(words)
+    finally:
+        together.leave()
+
+
+def _carry_out_words(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
         return OK if words else USAGE
@@ -313,45 +333,60 @@ def evaluate_command(words: list[str]) -> int:
     if command.protocol is not None:
         default = read_config(words, _under_protocol(own, command.protocol), NO_SETTINGS)
         command = parse_words(EvaluateCommand, "evaluate", words, default)
-    if command.time_limit is not None and command.out is None:
-        raise UsageError("--time-limit saves what is done, which needs a run directory: give --out too")
+    for flag, given in (("--time-limit", command.time_limit), ("--engine", command.engine != "local")):
+        if given and command.out is None:
+            raise UsageError(f"{flag} leaves what is done to others or to later, in a run directory: give --out too")
     if command.print_config:
         print(to_yaml(command, NO_SETTINGS))
         return OK
     folder = find_set(command.distilled).resolve()
     if command.out is not None and command.out.resolve() in (folder, folder.parent):
         raise UsageError(f"--out {command.out} holds the set itself; give its students a directory of their own")
-    distilled = load_distilled(find_set(command.distilled))
-    source = command.data.source
+    dataset, source = read_manifest(folder).dataset.name, command.data.source
     is_found = source in FACTS or Path(source).exists() or hub_id(source) is not None
-    if source == distilled.manifest.dataset.name and not is_found:
+    if source == dataset and not is_found:
         raise UsageError(f"the set was made of {source!r}; say where these images lie: --data.source PATH")
-    with Run(command.out, time_limit=parse_duration(command.time_limit)) as run, run.stop_on_signals():
-        plan = resolve_plan(command.compute, run.notice)
-        real = load_real(command.data)
-        check_matches(distilled, real, held_out=command.data.holdout_per_class > 0)
-        kept = {k: v for k, v in asdict(command).items() if k in ("data", "student", "labels", "pool", "teachers")}
-        settings = bound_settings(kept, real)
-        settings["distilled"] = {role: facts.sha256 for role, facts in distilled.manifest.files.items()}
-        plan = type(plan)(**run.bind_config(settings, plan.as_dict()))
-        plan.activate()
-        kind = distilled.manifest.label_kind if command.labels == "stored" else command.labels
-        asked = None if command.labels == "stored" else command.pool
-        holds = holds_labels(distilled, kind, asked)
-        needs_teachers = kind not in ("hard", "learned") and (kind == "dynamic" or not holds)
-        teachers = _label_with(command, own, words, distilled, real, plan, run) if needs_teachers else []
-        if {teacher.hash for teacher in teachers} - {teacher.hash for teacher in distilled.manifest.teachers}:
-            run.notice("these teachers are not the ones that the set was made with: their weights differ")
-        if not holds:
-            distilled = attach_labels(distilled, kind, teachers, plan, run, pool=asked, train=command.student.train)
-        result = evaluate(distilled, real, command.student, command.seeds, plan, run, teachers=teachers)
-        by = [teacher.name for teacher in teachers or distilled.manifest.teachers]
-        protocol = name_protocol(command.student, real.image_size, [kind], by)
-        if command.out is not None:
-            results = {"evaluation": asdict(result), "protocol": protocol, "provenance": provenance(plan)}
-            write_json(command.out / "results.json", results)
-    show_evaluation(real, command.student, result, protocol)
+    settled, begun_as = command, own
+    dataset, classes, result, protocol = _carry_out(
+        command,
+        lambda compute, run: _evaluate(dataclasses.replace(settled, compute=compute), begun_as, words, run),
+    )
+    show_evaluation(dataset, classes, command.student, result, protocol)
     return OK
+
+
+def _evaluate(
+    command: EvaluateCommand, own: EvaluateCommand, words: list[str], run: Run
+) -> tuple[str, int, Evaluation, str]:
+    """Return the data's name and number of classes, what students reached on the set, and the protocol's name.
+
+    `own` is the command as the set's run has it.
+    """
+    distilled = load_distilled(find_set(command.distilled))
+    plan = resolve_plan(command.compute, run.notice)
+    real = load_real(command.data)
+    check_matches(distilled, real, held_out=command.data.holdout_per_class > 0)
+    kept = {k: v for k, v in asdict(command).items() if k in ("data", "student", "labels", "pool", "teachers")}
+    settings = bound_settings(kept, real)
+    settings["distilled"] = {role: facts.sha256 for role, facts in distilled.manifest.files.items()}
+    plan = type(plan)(**run.bind_config(settings, plan.as_dict()))
+    plan.activate()
+    kind = distilled.manifest.label_kind if command.labels == "stored" else command.labels
+    asked = None if command.labels == "stored" else command.pool
+    holds = holds_labels(distilled, kind, asked)
+    needs_teachers = kind not in ("hard", "learned") and (kind == "dynamic" or not holds)
+    teachers = _label_with(command, own, words, distilled, real, plan, run) if needs_teachers else []
+    if {teacher.hash for teacher in teachers} - {teacher.hash for teacher in distilled.manifest.teachers}:
+        run.notice("these teachers are not the ones that the set was made with: their weights differ")
+    if not holds:
+        distilled = attach_labels(distilled, kind, teachers, plan, run, pool=asked, train=command.student.train)
+    result = evaluate(distilled, real, command.student, command.seeds, plan, run, teachers=teachers)
+    by = [teacher.name for teacher in teachers or distilled.manifest.teachers]
+    protocol = name_protocol(command.student, real.image_size, [kind], by)
+    if command.out is not None:
+        results = {"evaluation": asdict(result), "protocol": protocol, "provenance": provenance(plan)}
+        write_json(command.out / "results.json", results)
+    return real.name, real.classes, result, protocol
 
 
 def inspect_command(words: list[str]) -> int:
@@ -543,11 +578,19 @@ def _computed(settings: Settings, compute: ComputeConfig) -> Settings:
     return dataclasses.replace(settings, compute=compute)
 
 
-def _carry_out(command: RecipeCommand, work: Callable[[ComputeConfig, Run], Result]) -> Result:
+def _carry_out(command: RecipeCommand | EvaluateCommand, work: Callable[[ComputeConfig, Run], Result]) -> Result:
     """Return what `work` returns: done by this process, as one of several that share the directory, or on Ray."""
-    directory, compute, limit = command.directory, command.settings.compute, parse_duration(command.time_limit)
+    directory: Path | None
+    if isinstance(command, RecipeCommand):
+        directory, compute, teachers = command.directory, command.settings.compute, command.settings.teachers
+    else:
+        directory, compute, teachers = command.out, command.compute, command.teachers
+    limit = parse_duration(command.time_limit)
+    if command.engine != "local" and together.launched():
+        raise UsageError(f"torchrun's processes share each training, --engine {command.engine} the units: use one")
     if command.engine == "ray":
-        cache = cache_root(command.settings.teachers.cache).resolve()
+        assert directory is not None  # or the command was refused
+        cache = cache_root(teachers.cache).resolve()
         return spread(
             work, directory, compute, cache,
             address=command.ray_address, workers=command.workers, time_limit=limit,

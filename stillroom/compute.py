@@ -115,6 +115,7 @@ class Plan:
     torch_version: str
     seed_scheme: int
     chunk_images: int = 0  # of a slot that pass at a time; 0: all at once, as in plans of before there was a choice
+    processes: int = 1  # that share every batch of a training; see together.py
 
     def activate(self) -> None:
         """Set the process-wide switches that the plan implies (threads, deterministic kernels, TensorFloat-32)."""
@@ -189,6 +190,19 @@ def resolve_plan(
         raise StillroomError(
             f"compute.device is {config.device!r}, which this machine does not have; use one of: {here}"
         )
+    met = torch.distributed.is_available() and torch.distributed.is_initialized()
+    processes = torch.distributed.get_world_size() if met else 1
+    if index and processes > 1:
+        raise StillroomError(
+            f"compute.device is {device!r}, but each of {processes} processes has a card of its own; give "
+            f"--compute.device {kind}"
+        )
+    local, cards = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if processes > 1 else 1, torch.cuda.device_count()
+    if kind == "cuda" and local > cards:
+        raise StillroomError(
+            f"torchrun began {local} processes on this machine, which has {cards} cards; give as many "
+            "--nproc-per-node, or --compute.device cpu"
+        )
     compile_mode = config.compile
     if compile_mode != "off" and (missing := _missing_for_compile(kind)):
         notify(f"running without torch.compile: {missing}")
@@ -203,13 +217,14 @@ def resolve_plan(
         device=device,
         precision=precision,
         compile=compile_mode,
-        threads=config.threads or _usable_cores(),
+        threads=config.threads or max(1, _usable_cores() // local),
         channels_last=kind != "mps",
         pack_slots=pack_slots,
         processor=torch.cuda.get_device_name(device) if kind == "cuda" else _processor(),
         torch_version=torch.__version__,
         seed_scheme=SEED_SCHEME,
         chunk_images=chunk_images,
+        processes=processes,
     )
 
 

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import io
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -35,6 +35,7 @@ from stillroom.artifact import (
     decode_files,
     decode_images,
     encode_picture,
+    keep_original,
     map_in_threads,
     to_8_bits,
     to_pixels,
@@ -67,6 +68,7 @@ LABEL_ROWS = 8192  # of soft labels that are looked at at a time
 EXACT_ENCODINGS = ("png", "float16")  # what images are encoded by whenever they are saved, since nothing is lost
 
 Transform = Callable[[Tensor], Tensor]
+Originals = Callable[[Tensor], Sequence[bytes | None]]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -150,7 +152,9 @@ class DistilledSet:
     each image within its class; soft_labels float16 [views, classes], logits in the order of `view_table`, static or
     learned; `image_files`: the images as they are stored, where that loses something (see `with_image_encoding`), else
     None; pool: replayed labels [epochs, steps, batch, classes] of the batches that `manifest.pool` describes, which
-    `replay.ReplayLoader` forms; it alone stays on the CPU, and goes to the device batch by batch.
+    `replay.ReplayLoader` forms; it alone stays on the CPU, and goes to the device batch by batch. originals: given
+    positions int64 [b], the files that these images were read from, None where there is none; `with_image_encoding`
+    keeps those that it can.
     Raises StillroomError where the parts contradict each other or the manifest.
     """
 
@@ -162,6 +166,7 @@ class DistilledSet:
     manifest: Manifest
     image_files: tuple[bytes, ...] | None = None
     pool: StoredLogits | None = None
+    originals: Originals | None = None
 
     def __post_init__(self) -> None:
         manifest, count, stored = self.manifest, len(self.images), self.compensators
@@ -300,7 +305,9 @@ class DistilledSet:
             "train, or store labels by with_labels.",
         )
         _require(temperature > 0, f"temperature is {temperature}, but must be above zero.")
-        return ViewDataset(self, transform, normalize, temperature)
+        # Without where the originals lie, which other processes need not and cannot be given.
+        bare = self if self.originals is None else dataclasses.replace(self, originals=None)
+        return ViewDataset(bare, transform, normalize, temperature)
 
     def with_labels(self, soft_labels: Tensor | None, kind: LabelKind | None = None) -> DistilledSet:
         """The same set with other labels: logits [views, classes] of any float type, or None for "hard" or "dynamic".
@@ -321,7 +328,9 @@ class DistilledSet:
     def with_image_encoding(self, encoding: ImageEncodingChoice) -> DistilledSet:
         """The same set with its images as a file of this encoding leaves them: "png" loses nothing, "jpeg95" a little.
 
-        "auto": png up to 64 pixels, jpeg95 above; float16 images stay as they are. Compensators and learned labels
+        "auto": png up to 64 pixels, jpeg95 above; float16 images stay as they are. Under "jpeg95" an image that is a
+        whole JPEG of the real data keeps that file, less its metadata, and so loses nothing; `original_images` of the
+        manifest's extra says which do. Compensators and learned labels
         stay, though they were optimised with the images before. Other soft labels go, since they were made from the
         views before: label the set again. Raises StillroomError for float16 images in any other encoding, and for
         images that have lost something already.
@@ -341,7 +350,8 @@ class DistilledSet:
             self.image_files is None,
             f"the images are stored as {self.manifest.image_encoding}; encode the originals as {encoding} instead.",
         )
-        files = self._encode(encoding)
+        files, kept = self._encode_or_keep(encoding)
+        extra = self.manifest.extra | ({"original_images": kept} if kept else {})
         label_kind = self.manifest.label_kind
         soft_labels = self.soft_labels if label_kind == "learned" else None
         label_kind = "hard" if label_kind in ("static", "replayed") else label_kind
@@ -351,8 +361,9 @@ class DistilledSet:
             image_files=files,
             soft_labels=soft_labels,
             pool=None,
+            originals=None,
             manifest=dataclasses.replace(
-                self.manifest, image_encoding=encoding, label_kind=label_kind, pool=None, files={}
+                self.manifest, image_encoding=encoding, label_kind=label_kind, pool=None, extra=extra, files={}
             ),
         )
 
@@ -394,6 +405,24 @@ class DistilledSet:
         """The images as files, encoded by a thread per processor."""
         encode = functools.partial(encode_picture, encoding=encoding)
         return tuple(file for block in blocks_of(self.images) for file in map_in_threads(encode, block.unbind()))
+
+    def _encode_or_keep(self, encoding: PictureEncoding) -> tuple[tuple[bytes, ...], list[int]]:
+        """The images as files, and the positions of those that keep their original one."""
+        if encoding != "jpeg95" or self.originals is None:  # smaller JPEGs are asked for to be small
+            return self._encode(encoding), []
+        files: list[bytes] = []
+        kept: list[int] = []
+
+        def encode(image: Tensor, original: bytes | None) -> tuple[bytes, bool]:
+            file = keep_original(image, original)
+            return (encode_picture(image, encoding), False) if file is None else (file, True)
+
+        for block in blocks_of(self.images):
+            originals = self.originals(torch.arange(len(files), len(files) + len(block)))
+            pairs = map_in_threads(lambda pair: encode(*pair), list(zip(block.unbind(), originals, strict=True)))
+            kept += [len(files) + at for at, (_, is_original) in enumerate(pairs) if is_original]
+            files += [file for file, _ in pairs]
+        return tuple(files), kept
 
     def _form_exact(self, rows: Tensor) -> Tensor:
         image, compensator = self._table[rows].unbind(1)

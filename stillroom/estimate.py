@@ -28,7 +28,7 @@ from stillroom.methods.pixels import class_blocks, pack_blocks, slot_blocks
 from stillroom.methods.recover import build_objective
 from stillroom.methods.select import SCORING_BATCH, Content
 from stillroom.networks import build_network
-from stillroom.pipeline import check_recipe
+from stillroom.pipeline import check_recipe, doubt_budget
 from stillroom.recipes import Recipe
 from stillroom.students import soft_label_loss
 from stillroom.teachers import cache_entry
@@ -67,6 +67,7 @@ def estimate_recipe(recipe: Recipe, last: str = "students") -> tuple[list[Stage]
     stages = _teacher_stages(recipe, real, plan, notes) if recipe.needs_teachers or last == "teachers" else []
     if last != "teachers":
         stages += _distill_stages(recipe, real, plan)
+        notes += doubt_budget(recipe, real, "set" if last == "set" else "students")
     if last == "students":
         stages += _student_stages(recipe, real, plan, set())
     if plan.device == "cpu" and begun_with:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import secrets
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,19 @@ def tensor_pieces(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], path: 
     encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     return [len(encoded).to_bytes(8, "little"), encoded, *(_memory_of(tensor) for _, tensor in ordered)]
+
+
+def load_torch(path: Path) -> Any:
+    """Return what a file that torch saved holds: tensors and plain containers alone, on the CPU; nothing is run.
+
+    Raises whatever torch's reader raises, and ValueError for an archive whose parts are compressed, which torch never
+    writes: a few bytes could be any number there.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise ValueError("its parts are compressed, which torch does not do")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -48,13 +48,21 @@ class Images(Protocol):
     def to(self, device: torch.device | str) -> Images:
         """The same images, whose batches come on `device`."""
 
+    def originals(self, indices: Tensor) -> list[bytes | None]:
+        """The files that the images at `indices` int64 [b] were decoded from; None where there is none, or no more."""
+
 
 @dataclass(frozen=True, eq=False)
 class MemoryImages:
-    """A whole split as one tensor: `images` uint8 [n, 3, size, size] on any device, `labels` int64 [n] on the CPU."""
+    """A whole split as one tensor: `images` uint8 [n, 3, size, size] on any device, `labels` int64 [n] on the CPU.
+
+    `rows` int64 [n] are its positions in `stored`, where they were decoded from files; both None for arrays.
+    """
 
     images: Tensor
     labels: Tensor
+    stored: Stored | None = None
+    rows: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -66,6 +74,12 @@ class MemoryImages:
     def to(self, device: torch.device | str) -> MemoryImages:
         """See `Images.to`; every pixel moves now."""
         return replace(self, images=self.images.to(device))
+
+    def originals(self, indices: Tensor) -> list[bytes | None]:
+        """See `Images.originals`."""
+        if self.stored is None or self.rows is None:
+            return [None] * len(indices)
+        return _fetch_files(self.stored, self.rows[indices.cpu().numpy()])
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +107,10 @@ class LazyImages:
     def to(self, device: torch.device | str) -> LazyImages:
         """See `Images.to`; nothing moves until a batch is asked for."""
         return replace(self, device=device)
+
+    def originals(self, indices: Tensor) -> list[bytes | None]:
+        """See `Images.originals`."""
+        return _fetch_files(self.stored, self.rows[indices.cpu().numpy()])
 
 
 def load_images(
@@ -140,7 +158,22 @@ def load_images(
     rows = rows[is_good]
     if lazy:
         return LazyImages(stored, rows, _labels(split, rows), size, resize), rows, levels, reasons
-    return MemoryImages(images[:filled].clone() if reasons else images, _labels(split, rows)), rows, levels, reasons
+    images = images[:filled].clone() if reasons else images
+    if isinstance(stored, ArrayImages):  # which nothing needs any more
+        return MemoryImages(images, _labels(split, rows)), rows, levels, reasons
+    return MemoryImages(images, _labels(split, rows), stored, rows), rows, levels, reasons
+
+
+def _fetch_files(stored: Stored, rows: np.ndarray) -> list[bytes | None]:
+    def read(item: Path | Span | bytes | np.ndarray | None) -> bytes | None:
+        if isinstance(item, bytes):
+            return item
+        try:
+            return item.read_bytes() if isinstance(item, Path) else item.read() if isinstance(item, Span) else None
+        except (OSError, ValueError):  # gone, or cut, since it was decoded
+            return None
+
+    return [read(item) for item in stored.fetch(rows)]
 
 
 def _labels(split: Split, rows: np.ndarray) -> Tensor:

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
 from stillroom.card import Budget
 from stillroom.compute import Plan, resolve_plan
 from stillroom.data import FACTS, RealData, load_real
@@ -24,7 +26,7 @@ from stillroom.distilled import DistilledSet, count_bytes, load_distilled
 from stillroom.errors import StillroomError
 from stillroom.files import sha256_bytes, write_json
 from stillroom.images import name_some
-from stillroom.labels import PoolConfig, attach_labels
+from stillroom.labels import PoolConfig, attach_labels, count_label_bytes
 from stillroom.logits import count_logit_bytes
 from stillroom.manifest import library_versions
 from stillroom.methods import METHODS
@@ -35,6 +37,11 @@ from stillroom.recipes import EXPECTED, RECIPES, Recipe
 from stillroom.run import Run, Task
 from stillroom.students import Evaluation, evaluate, hash_labels, steps_for
 from stillroom.teachers import Teacher, check_config, load_teachers
+
+# A budget above or below these is doubted before the work begins. Random images of CIFAR-100 with static labels reached
+# 18.8 % where students saw each class 250 times, 26.5 % for 500 times and 37.9 % for 1,800 (docs/log.md).
+LARGEST_SHARE = 0.3  # of the real images' bytes, at the set's size
+LEAST_SIGHTS = 300  # of a class by a student, in all its steps
 
 
 @dataclass(frozen=True)
@@ -133,16 +140,75 @@ def check_recipe(recipe: Recipe, real: RealData, control_ipc: int | None = None)
     counts = real.train.labels.bincount(minlength=real.classes)
     if int(counts.min()) < needed:
         index = int(counts.argmin())
-        controls = ", or leave the random control out by --no-controls" if int(counts[index]) >= own else ""
+        fixes = [f"lower --ipc{_largest_budget(recipe, real, models) if control_ipc is None else ''}"]
+        fixes += ["leave the random control out by --no-controls"] if int(counts[index]) >= own else []
         raise StillroomError(
             f"class {real.class_names[index]!r} has {int(counts[index])} training images, but ipc {budget} "
-            f"needs {needed}; add images, lower --ipc{controls}"
+            f"needs {needed} of each class, so that the rarest one limits all; {', or '.join(fixes)}, or add images to "
+            "it or leave it out"
         )
     if budget * real.classes >= len(real.train):
         raise StillroomError(
             f"ipc {budget} for {real.classes} classes is a budget of {budget * real.classes} images, but "
             f"{real.name!r} has only {len(real.train)} training images; lower --ipc"
         )
+
+
+def _largest_budget(recipe: Recipe, real: RealData, models: dict[str, nn.Module]) -> str:
+    """Return " to N", the largest ipc below the recipe's that takes no more images than the rarest class has.
+
+    " to N with --no-controls" where the random control would need more, "" where there is none.
+    """
+    fewest, method = int(real.train.labels.bincount(minlength=real.classes).min()), METHODS[recipe.method]
+    for controls in (True, False) if recipe.controls else (False,):
+        for ipc in range(min(recipe.ipc - 1, fewest if controls else recipe.ipc), 0, -1):
+            try:
+                own = method.check(real, models, ipc, recipe.method_config)
+            except StillroomError:  # too small for the method
+                break
+            if own <= fewest:
+                return f" to {ipc}" + (" with --no-controls" if recipe.controls and not controls else "")
+    return ""
+
+
+def doubt_budget(recipe: Recipe, real: RealData, last: Literal["set", "students"] = "students") -> list[str]:
+    """Return why the recipe's budget may not be worth its work, a sentence each; `last`: the last stage to be done.
+
+    What it doubts works, unlike what `check_recipe` refuses.
+    """
+    doubts, method = [], METHODS[recipe.method]
+    content = method.content(real, len(recipe.teachers.networks), recipe.ipc, recipe.method_config)
+    kept = content.images // real.classes
+    if content.compensators and kept < 2:
+        doubts.append(
+            f"the budget is small: ipc {recipe.ipc} keeps {kept} image per class beside {content.compensators} "
+            f"compensators, where random images keep {recipe.ipc}; raise --ipc, or name fewer --teachers.networks"
+        )
+    pixels, train = 3 * real.image_size**2, recipe.student.train
+    labels = [count_label_bytes(k, content.views, real.classes, recipe.pool, train.batch_size) for k in recipe.labels]
+    held = (content.images * content.image_bits + content.compensators * content.compensator_bits) * pixels // 8
+    share = (held + max(labels, default=0)) / (len(real.train) * pixels)
+    if share > LARGEST_SHARE:
+        doubts.append(
+            f"the set is not much smaller: it takes {share:.0%} of the bytes of {real.name!r} at {real.image_size} "
+            "pixels; lower --ipc, or train on the real images"
+        )
+    sights = {kind: recipe.student.train_for(kind).epochs * content.views / real.classes for kind in recipe.labels}
+    kind = min(sights, key=lambda kind: sights[kind])
+    if last == "students" and sights[kind] < LEAST_SIGHTS:
+        setting = "dynamic-epochs" if kind in ("dynamic", "replayed") else "train.epochs"
+        doubts.append(
+            f"the training is short: students with {kind} labels see each class {sights[kind]:.0f} times, and on "
+            f"CIFAR-100 those of 250 reached half of what 1,800 gave; raise --student.{setting}"
+        )
+    return doubts
+
+
+def _tell_doubts(doubts: list[str], run: Run) -> None:
+    """Tell them once: who goes on with a run has read them."""
+    if run.directory is None or not any((run.directory / "units").iterdir()):
+        for doubt in doubts:
+            run.notice(doubt)
 
 
 def learns_labels(recipe: Recipe, real: RealData) -> bool:
@@ -236,6 +302,7 @@ def squeeze_recipe(recipe: Recipe, run: Run) -> dict[str, Any]:
 def make_recipe_set(recipe: Recipe, run: Run) -> None:
     """Make the recipe's distilled set in `run`, and no students."""
     real, plan = open_stages(replace(recipe, controls=False), run)
+    _tell_doubts(doubt_budget(recipe, real, "set"), run)
     teachers = load_teachers(real, recipe.teachers, plan, run) if recipe.needs_teachers else []
     distill_recipe(recipe, run, real, teachers, plan)
 
@@ -243,6 +310,7 @@ def make_recipe_set(recipe: Recipe, run: Run) -> None:
 def run_recipe(recipe: Recipe, run: Run, name: str = "custom") -> dict[str, Any]:
     """Carry out `recipe` in `run` and return its results, which are also written to results.json."""
     real, plan = open_stages(recipe, run)
+    _tell_doubts(doubt_budget(recipe, real), run)
     made_by = provenance(plan)  # now: the source may change while the run goes on
     teachers = load_teachers(real, recipe.teachers, plan, run) if recipe.needs_teachers else []
     distilled = distill_recipe(recipe, run, real, teachers, plan)

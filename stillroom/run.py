@@ -195,17 +195,19 @@ class Run:
                 f"{plan['device']}; give --compute.device {stored['plan']['device']}, or another directory with --out"
             )
         self.event("opened")
-        here = ["processor", "torch_version", "device"]  # facts of this machine; the kind of device is the same
+        # Facts of this machine and this start; the kind of device is the same.
+        here = ["processor", "torch_version", "device", *(["processes"] if "processes" in plan else [])]
         if plan["compile"] == "off":  # not to be had here, or not wanted any more
             here.append("compile")
         for key in here:
-            if stored["plan"][key] != plan[key]:
+            before = stored["plan"].get(key, 1)  # plans of before there was a choice had one process
+            if before != plan[key]:
                 if self.worker is not None:  # who made a unit would be told by its bits
                     raise StillroomError(
-                        f"this worker has {key} {plan[key]!r}, but the run was begun with {stored['plan'][key]!r}; let "
-                        "workers of that kind share it, or go on by --engine local"
+                        f"this worker has {key} {plan[key]!r}, but the run was begun with {before!r}; let workers of "
+                        "that kind share it, or go on by --engine local"
                     )
-                self.event("plan_differs", field=key, stored=stored["plan"][key], now=plan[key])
+                self.event("plan_differs", field=key, stored=before, now=plan[key])
         return stored["plan"] | {key: plan[key] for key in here}
 
     # -- units and checkpoints -------------------------------------------------------------------------------------

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from stillroom.errors import StillroomError
-from stillroom.readers import FileImages, ParquetImages, Stored, npz_array, npz_headers
+from stillroom.files import load_torch
+from stillroom.readers import FileImages, ParquetImages, Stored, npz_array, npz_headers, read_column
 
 INDEX_FILE, SOFT_LABEL_FILE = "index.csv", "soft_labels.npy"  # of a folder that was exported here
 INDEX_COLUMNS = ["file", "label", "class", "image", "compensator"]  # compensator: -1 for an image as it is
 SOFT_LABEL_ARRAY = "soft_labels"  # of an npz file
 SMALLEST_PROBABILITY = 1e-8  # its logarithm stands for that of 0, which no label can store
+MOST_UNASKED = 2**20  # values of a column that are read to tell what is wrong with them
 SOFT_LABEL_COLUMNS = ("soft_label", "soft_labels", "logits", "probabilities", "probs")
 
 SoftLabelKind = Literal["logits", "probabilities"]
@@ -95,22 +96,25 @@ def _read_file(
         notes.append(_describe_fkd(path))
         return None
     shape = [len(paths), classes]
+    stored: Tensor | np.ndarray
     if path.suffix == ".npy":
         try:
-            stored = np.load(path, mmap_mode="r", allow_pickle=False)  # its shape is known before memory is taken
+            array = np.load(path, mmap_mode="r", allow_pickle=False)  # its shape is known before memory is taken
         except Exception as error:  # numpy's parser raises many classes
             raise StillroomError(f"import: {path} cannot be read as .npy without pickle: {error}") from error
+        stored, is_float = array, array.dtype.kind == "f"
     else:
-        loaded = _load_torch(path)
-        if not isinstance(loaded, Tensor):
+        stored = _load_torch(path)
+        if not isinstance(stored, Tensor):
             notes.append(_describe_fkd(path))
             return None
-        stored = loaded.float().numpy() if loaded.is_floating_point() else loaded.numpy()
-    if list(stored.shape) != shape or stored.dtype.kind != "f":
+        is_float = stored.is_floating_point()
+    if list(stored.shape) != shape or not is_float:  # looked at first: a few bytes can be a tensor of any shape
         raise StillroomError(
             f"import: {path} holds {stored.dtype} {list(stored.shape)}; needed are floats {shape}, a row per image"
         )
-    logits = to_logits(np.array(stored, np.float32), kind, str(path))
+    values = stored.float().numpy() if isinstance(stored, Tensor) else np.array(stored, np.float32)
+    logits = to_logits(values, kind, str(path))
     return logits if given is not None else _order_by_index(logits, root, paths, labels)
 
 
@@ -142,7 +146,7 @@ def _move_columns(logits: np.ndarray, ours: np.ndarray) -> np.ndarray:
 
 def _load_torch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_torch(path)
     except Exception as error:
         raise StillroomError(
             f"import: {path} cannot be read without running what it holds ({str(error).splitlines()[0]}); leave it "
@@ -192,7 +196,7 @@ def _read_column(
         is_list = pa.types.is_list(cell) or pa.types.is_large_list(cell) or pa.types.is_fixed_size_list(cell)
         if not is_list or not pa.types.is_floating(cell.value_type):
             raise StillroomError(f"import: column {column!r} of {file} is {cell}; soft labels are lists of floats")
-        cells = pq.read_table(file, columns=[column]).column(0)
+        cells = _read_cells(file, column, classes)
         sizes = set(pc.list_value_length(cells).to_pylist())
         if sizes - {classes} or cells.null_count:
             raise StillroomError(
@@ -202,6 +206,25 @@ def _read_column(
         parts.append(pc.list_flatten(cells).to_numpy().astype(np.float32).reshape(-1, classes))
     notes.append(f"soft labels from column {column!r}, {kind}")
     return to_logits(np.concatenate(parts), kind, f"column {column!r} of {files[0]}")
+
+
+def _read_cells(file: Path, column: str, classes: int) -> Any:
+    """Return a column of lists, a pyarrow ChunkedArray.
+
+    Raises StillroomError where it says to have many more values than a row of `classes` each, which a few bytes can be.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file) as opened:
+        groups = [opened.metadata.row_group(number) for number in range(opened.num_row_groups)]
+        chunks = [group.column(c) for group in groups for c in range(group.num_columns)]
+        values = sum(chunk.num_values for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
+        needed = opened.metadata.num_rows * classes
+        if values > max(2 * needed, MOST_UNASKED):
+            raise StillroomError(f"import: column {column!r} of {file} has {values:,} values; {needed:,} are needed")
+        parts = [read_column(opened, number, column, file).chunks for number in range(len(groups))]
+        return pa.chunked_array([chunk for part in parts for chunk in part], opened.schema_arrow.field(column).type)
 
 
 def _read_array(path: Path, images: int, classes: int, kind: SoftLabelKind, notes: list[str]) -> np.ndarray | None:

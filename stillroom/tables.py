@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from stillroom.data import RealData
 from stillroom.distilled import count_bytes, load_distilled
 from stillroom.estimate import Stage
 from stillroom.recipes import EXPECTED, Recipe
@@ -76,13 +75,13 @@ def show_teachers(squeezed: dict[str, Any]) -> None:
     console.print(table)
 
 
-def show_evaluation(real: RealData, student: StudentConfig, result: Evaluation, protocol: str) -> None:
-    """Print what students reached on a dataset."""
+def show_evaluation(dataset: str, classes: int, student: StudentConfig, result: Evaluation, protocol: str) -> None:
+    """Print what students reached on a dataset, by its name and how many classes it has."""
     table = Table("student", "labels", "steps", "top-1", "top-5", "best top-1", "label bytes",
-                  title=f"{real.name}, protocol: {protocol}")  # fmt: skip
+                  title=f"{dataset}, protocol: {protocol}")  # fmt: skip
     top1, top5, best = ([100 * v for v in values] for values in (result.top1, result.top5, result.best))
     table.add_row(
-        result.network, result.labels, f"{result.steps:,}", _spread(top1), _top5(_spread(top5), real.classes),
+        result.network, result.labels, f"{result.steps:,}", _spread(top1), _top5(_spread(top5), classes),
         _best(best, student.measure_every_epochs), f"{result.label_bytes:,}",
     )  # fmt: skip
     console.print(table)

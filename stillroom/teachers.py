@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from stillroom.compute import Plan
 from stillroom.data import RealData
 from stillroom.errors import StillroomError, check_choices
-from stillroom.files import hash_tensors, load_tensors, read_sealed, save_tensors, seal, write_json
+from stillroom.files import hash_tensors, load_tensors, load_torch, read_sealed, save_tensors, seal, write_json
 from stillroom.networks import build_network, load_pretrained_imagenet
 from stillroom.run import Checkpoint, Run
 from stillroom.train import (
@@ -185,7 +185,11 @@ def teacher_key(name: str, real: RealData, config: TeachersConfig, plan: Plan) -
         "steps": config.steps_for(len(real.train)),
         "seed": config.seed,
         # Not how recoveries are cut, nor which of several cards: `processor` names the kind.
-        "plan": {k: v for k, v in plan.as_dict().items() if k not in ("pack_slots", "chunk_images")}
+        "plan": {
+            k: v
+            for k, v in plan.as_dict().items()
+            if k not in ("pack_slots", "chunk_images") and (k, v) != ("processes", 1)
+        }
         | {"device": plan.device.split(":")[0]},
         **{name: importlib.metadata.version(name) for name in ("torchvision", "timm")},
     }
@@ -296,7 +300,7 @@ def load_checkpoint(name: str, path: Path, real: RealData) -> nn.Module:
         state: Any = load_tensors(path)[0]
     else:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_torch(path)
         except Exception as error:  # torch raises many kinds for a bad file
             raise StillroomError(
                 f"checkpoint {str(path)!r} cannot be read as weights ({str(error).splitlines()[0]}); save the "

@@ -6,6 +6,7 @@ uninterrupted one would have drawn. Nothing inside the loop waits for the device
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stillroom import augment
+from stillroom import augment, together
 from stillroom.augment import Mixing
 from stillroom.compute import Plan, build_generator, derive_seed, seed_global
 from stillroom.data import Images
@@ -209,8 +210,9 @@ def fit(
     `loss_function(logits float32, targets)` returns a scalar. `total_steps` overrides the number of epochs.
     `measure` runs after the last epoch, and every `measure_every_epochs` epochs where that is above 0.
 
-    Raises StillroomError where the loss is not finite (the last good checkpoint is kept), TimeLimitReached where the
-    run is to stop; its state is saved then.
+    Where the plan has several processes they share every batch (together.py), and nothing is compiled. Raises
+    StillroomError where the loss is not finite (the last good checkpoint is kept), TimeLimitReached where the run is to
+    stop; its state is saved then.
     """
     steps = total_steps or config.epochs * epochs.steps
     model = plan.place(model)
@@ -226,16 +228,23 @@ def fit(
         first, history, loss_sum = state["step"], state["history"], tensors["loss_sum"].to(plan.device)
         begun -= state["seconds"]
 
+    network, shared = model, plan.processes > 1
+
     def compute_loss(images: Tensor, targets: Tensor) -> Tensor:
         with plan.autocast():
-            logits = model(images)
+            logits = network(images)
         return loss_function(logits.float(), targets)
 
-    compute_loss = plan.compiled(compute_loss, steps, "training")
+    compute_loss = compute_loss if shared else plan.compiled(compute_loss, steps, "training")
     model.train()
     rows = epochs.rows(epochs.drawn_step(first) // epochs.steps)
     devices = [plan.device] if plan.device.startswith("cuda") else []
-    with torch.random.fork_rng(devices), run.progress(label, steps, first) as advance:
+    with contextlib.ExitStack() as stack:
+        if shared:
+            job = together.Job(model, training_state(model, optimizer), config, loss_function, plan)
+            network = stack.enter_context(together.lead(job, epochs.batch))
+        stack.enter_context(torch.random.fork_rng(devices))
+        advance = stack.enter_context(run.progress(label, steps, first))
         for step in range(first, steps):
             (epoch, within), drawn_step = divmod(step, epochs.steps), epochs.drawn_step(step)
             if within == 0:
@@ -245,12 +254,18 @@ def fit(
                 group["lr"] = rate
             images, targets = draw_batch(rows[within], epochs.generator(drawn_step), drawn_step)
             # Dropout and stochastic depth draw from the global generator.
-            seed_global(derive_seed(epochs.seed, *epochs.path, "dropout", step), plan.device)
+            seed, weight = derive_seed(epochs.seed, *epochs.path, "dropout", step), 1.0
+            if shared:
+                share = together.hand_out(images, targets, rate, seed)
+                images, targets, weight = share.images, share.targets, share.weight
+            seed_global(seed, plan.device)
             loss = compute_loss(images.contiguous(memory_format=plan.memory_format), targets)
+            if shared:
+                loss = loss * weight
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            loss_sum += loss.detach()
+            loss_sum += together.average(loss) if shared else loss.detach()
             advance()
             if within == epochs.steps - 1 or step == steps - 1:
                 row = {"epoch": epoch + 1, "step": step + 1, "learning_rate": rate}
@@ -275,6 +290,27 @@ def fit(
                 if run.stopping:
                     raise run.stop()
     return history
+
+
+def help_others() -> None:
+    """Take a share of every batch of what the leader trains until it leaves: what torchrun's other processes do."""
+    for job, plan in together.jobs():
+        plan.activate()
+        model = plan.place(job.model).train()
+        optimizer = build_optimizer(model, job.settings, plan.dtype)
+        load_training_state(model, optimizer, job.state)
+        with together.helping(model) as network:
+            for share in together.shares(plan.device):
+                for group in optimizer.param_groups:
+                    group["lr"] = share.rate
+                seed_global(share.seed, plan.device)
+                with plan.autocast():
+                    logits = network(share.images.contiguous(memory_format=plan.memory_format))
+                loss = job.loss_function(logits.float(), share.targets) * share.weight
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                together.average(loss)
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:

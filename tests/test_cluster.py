@@ -201,6 +201,27 @@ def test_two_workers_on_ray_make_what_one_process_makes_though_one_is_killed(
 
 
 @pytest.mark.slow
+def test_students_of_a_finished_set_are_trained_on_ray_to_the_bits_of_one_process(
+    ray_cluster: str, by_one_process: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
+    data = str(by_one_process.parent / "toy.npz")
+    words = [
+        "evaluate",
+        str(by_one_process),
+        "--data.source",
+        data,
+        "--compute.device",
+        "cpu",
+        "--compute.threads",
+        "1",
+    ]
+    assert cli.main([*words, "--out", str(tmp_path / "one")]) == 0
+    assert cli.main([*words, "--out", str(tmp_path / "two"), "--engine", "ray", "--workers", "2"]) == 0
+    assert_same_bits(tmp_path / "one", tmp_path / "two", ("units",))
+
+
+@pytest.mark.slow
 def test_a_signal_stops_all_workers_and_the_same_command_goes_on(
     ray_cluster: str, by_one_process: Path, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ LAYERS = (
     ("readers.digits", "readers.npz", "readers.cifar", "readers.folders", "readers.parquet", "readers.tar"),
     ("readers.ilsvrc", "readers.tiny_imagenet", "readers.shards"),
     ("readers",),
-    ("manifest", "images", "workers", "softlabels"),
+    ("manifest", "images", "workers", "softlabels", "together"),
     ("run",),
     ("artifact", "card", "data", "logits", "cluster"),
     ("distilled", "train"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Finished, build_toy_recipe, build_toy_teacher, write_toy_npz
+from conftest import Finished, build_toy_recipe, build_toy_teacher, draw_toy_colours, write_toy_npz
 
 from stillroom import files, pipeline, students, teachers
 from stillroom import run as run_module
@@ -24,9 +25,11 @@ from stillroom.errors import StillroomError, TimeLimitReached
 from stillroom.estimate import estimate_recipe
 from stillroom.manifest import read_manifest
 from stillroom.methods import METHODS, infer
+from stillroom.methods.rded import RdedConfig
 from stillroom.methods.select import RandomConfig, distill_random
+from stillroom.methods.sre2l import Sre2lConfig
 from stillroom.networks import NETWORKS, build_network
-from stillroom.pipeline import build_cells, is_preset, run_recipe
+from stillroom.pipeline import build_cells, check_recipe, doubt_budget, is_preset, run_recipe
 from stillroom.recipes import EXPECTED, RECIPES, Recipe, find_recipe, smoke
 from stillroom.run import Run
 from stillroom.tables import show_results
@@ -188,7 +191,7 @@ def test_naturals_and_random_images_begin_with_the_same_images(toy: RealData, pl
         ({"ipc": 1}, "ipc 1 is too small for INFER.*the smallest that works is --ipc 2"),
         (
             {"ipc": 25},
-            r"class 'red' has 24 training images, but ipc 25 needs 25; .* lower --ipc, or .* by --no-controls",
+            r"class 'red' has 24 training images, but ipc 25 needs 25 of .* lower --ipc to 24, or .* by --no-controls",
         ),
         (
             {"ipc": 25, "controls": False},
@@ -408,3 +411,86 @@ def test_a_set_that_was_put_in_the_place_of_the_run_s_own_is_refused(
     distilled.with_labels(-distilled.soft_labels).save(folder)
     with Run(tmp_path / "run") as run, pytest.raises(StillroomError, match=r"the labels in .* are not those that this"):
         run_recipe(finished.recipe, run, "toy")
+
+
+def write_long_tailed(path: Path, counts: tuple[int, ...]) -> DataConfig:
+    images, labels = draw_toy_colours(max(counts), 1)
+    rows = np.concatenate([np.flatnonzero(labels == label)[:count] for label, count in enumerate(counts)])
+    return DataConfig(str(write_toy_npz(path, train_images=images[rows], train_labels=labels[rows])))
+
+
+@pytest.mark.parametrize(
+    ("change", "most"),
+    [
+        ({"method": "random"}, "--ipc to 3"),
+        ({"method": "herding"}, "--ipc to 3"),
+        ({"method": "rded", "rded": RdedConfig(factor=2)}, "--ipc to 1, or add"),
+        ({"method": "sre2l"}, "--ipc to 3, or leave the random control out by --no-controls"),
+        ({"method": "infer", "ipc": 6}, "--ipc to 3, or add"),
+        ({"method": "infer", "ipc": 6, "controls": False}, "--ipc to 4, or add"),
+    ],
+)
+def test_the_rarest_class_limits_every_method_and_the_refusal_names_the_largest_budget_that_works(
+    toy_recipe: Recipe, tmp_path: Path, change: dict[str, Any], most: str
+) -> None:
+    data = write_long_tailed(tmp_path / "long.npz", (24, 12, 5, 4 if change["method"] == "rded" else 3))
+    recipe = replace(toy_recipe, data=data, **({"ipc": 5} | change))
+    message = rf"class 'süd/ost' has \d training images, but ipc \d needs \d+ of each .* the rarest one.* lower {most}"
+    with pytest.raises(StillroomError, match=message) as error:
+        check_recipe(recipe, load_real(data))
+    largest = int(re.findall(r"--ipc to (\d)", str(error.value))[0])
+    check_recipe(replace(recipe, ipc=largest), load_real(data))
+    with pytest.raises(StillroomError, match="training images"):
+        check_recipe(replace(recipe, ipc=largest + 1), load_real(data))
+
+
+def test_of_a_class_with_one_image_infer_needs_the_control_left_out_and_says_so(
+    toy_recipe: Recipe, tmp_path: Path
+) -> None:
+    data = write_long_tailed(tmp_path / "long.npz", (24, 12, 5, 1))
+    with pytest.raises(StillroomError, match="lower --ipc to 2 with --no-controls, or"):
+        check_recipe(replace(toy_recipe, data=data, ipc=4), load_real(data))
+    check_recipe(replace(toy_recipe, data=data, ipc=2, controls=False), load_real(data))
+
+
+@pytest.mark.parametrize("method", ["random", "k_center", "rded", "sre2l", "infer"])
+def test_at_the_rarest_class_s_budget_every_class_of_a_long_tailed_set_has_as_many_images(
+    toy_recipe: Recipe, tmp_path: Path, method: str
+) -> None:
+    data = write_long_tailed(tmp_path / "long.npz", (24, 12, 8, 4))
+    few = replace(toy_recipe, sre2l=Sre2lConfig(steps=2, shift_limit=1), labels=("static",), seeds=(0,))
+    with Run(tmp_path / "run") as run:
+        run_recipe(replace(few, data=data, method=method), run)
+    counts = load_distilled(tmp_path / "run" / "distilled").labels.bincount()
+    assert counts.tolist() == [3 if method == "infer" else 4] * 4
+
+
+def test_a_budget_that_may_not_be_worth_it_is_doubted_when_the_run_begins_and_in_its_plan(
+    toy_recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = replace(toy_recipe, ipc=2, labels=("static",), seeds=(0,), controls=False)
+    _, notes = estimate_recipe(recipe)
+    run_recipe(recipe, Run())
+    said = capsys.readouterr().err
+    for doubt in (
+        "the budget is small: ipc 2 keeps 1 image per class beside 1 compensators, where random images keep 2",
+        "the training is short: students with static labels see each class 4 times",
+    ):
+        assert any(note.startswith(doubt) for note in notes)
+        assert said.count(doubt) == 1
+    assert "not much smaller" not in said
+
+
+def test_only_what_a_budget_lacks_is_doubted(toy_recipe: Recipe) -> None:
+    real = load_real(toy_recipe.data)
+    long = replace(toy_recipe.student, train=replace(toy_recipe.student.train, epochs=50), dynamic_epochs=49)
+    enough = replace(toy_recipe, student=long, labels=("static",))
+    assert doubt_budget(enough, real) == []
+    assert [
+        "--student.dynamic-epochs" in doubt for doubt in doubt_budget(replace(enough, labels=("dynamic",)), real)
+    ] == [True]
+    assert doubt_budget(replace(toy_recipe, labels=("dynamic",)), real, "set") == []
+    large = replace(enough, method="random", ipc=8, labels=("hard",))  # 32 of 96 images
+    assert [doubt.partition(":")[0] for doubt in doubt_budget(large, real)] == ["the set is not much smaller"]
+    assert "33%" in doubt_budget(large, real)[0]
+    assert doubt_budget(replace(large, ipc=7), real) == []

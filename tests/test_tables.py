@@ -55,7 +55,7 @@ def test_evaluate_and_squeeze_leave_out_what_says_nothing_too(
 ) -> None:
     real = replace(toy, class_names=tuple(map(str, range(classes))))
     result = Evaluation("toynet", "hard", 6, (0.5,), (0.75,), (0.625,), (1.0,), 0)
-    show_evaluation(real, StudentConfig(measure_every_epochs=every_epochs), result, "own")
+    show_evaluation(real.name, real.classes, StudentConfig(measure_every_epochs=every_epochs), result, "own")
     expected = ("50.0", "75.0" if classes > 5 else "-", "62.5" if every_epochs else "-")
     assert columns(capsys.readouterr().out, "top-1", "top-5", "best top-1") == [expected]
     show_teachers({"dataset": real.name, "classes": classes, "teachers": [build_toy_teacher().facts()]})

@@ -281,9 +281,9 @@ def bare(value: Any) -> Any:
     return [bare(item) for item in value] if isinstance(value, list) else value
 
 
-def assert_same_bits(one: Path, other: Path) -> None:
+def assert_same_bits(one: Path, other: Path, folders: tuple[str, ...] = ("units", "distilled")) -> None:
     """Units and set of two runs: the same files with the same bytes, seconds apart."""
-    for folder in ("units", "distilled"):
+    for folder in folders:
         names = sorted(path.name for path in (one / folder).iterdir())
         assert names == sorted(path.name for path in (other / folder).iterdir())
         for name in names:

@@ -26,7 +26,14 @@ from stillroom.data import RealData
 from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError
 from stillroom.manifest import ViewSettings
-from stillroom.methods.select import SCORING_BATCH, choose_by_class, describe_set, rows_by_class, take_naturals
+from stillroom.methods.select import (
+    SCORING_BATCH,
+    choose_by_class,
+    describe_set,
+    find_originals,
+    rows_by_class,
+    take_naturals,
+)
 from stillroom.networks import penultimate_features
 from stillroom.run import Run
 from stillroom.teachers import Teacher
@@ -161,4 +168,4 @@ def _distill(
     images, labels = take_naturals(real, chosen)
     slots = torch.arange(ipc).repeat_interleave(real.classes)
     manifest = describe_set(method, {method: settings}, real, ipc, seed, teachers, ViewSettings())
-    return DistilledSet(images, labels, slots, None, None, manifest)
+    return DistilledSet(images, labels, slots, None, None, manifest, originals=find_originals(real, chosen))

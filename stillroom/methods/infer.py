@@ -25,7 +25,7 @@ from stillroom.compute import Plan
 from stillroom.data import RealData
 from stillroom.distilled import DistilledSet, quantize_compensators
 from stillroom.errors import StillroomError, check_choices, suggest
-from stillroom.files import sha256_bytes
+from stillroom.files import load_torch, sha256_bytes
 from stillroom.manifest import ViewSettings
 from stillroom.methods.recover import (
     Descent,
@@ -37,7 +37,7 @@ from stillroom.methods.recover import (
     draw_augment,
     made_once,
 )
-from stillroom.methods.select import Content, describe_set, draw_naturals, take_naturals
+from stillroom.methods.select import Content, describe_set, draw_naturals, find_originals, take_naturals
 from stillroom.run import Run, Task
 from stillroom.teachers import Teacher
 from stillroom.train import apply_normalization
@@ -150,7 +150,7 @@ def load_naturals(folder: Path | str, real: RealData, slots: int) -> tuple[Tenso
         if path.stat().st_size > 16 * math.prod(shape) + 2**20:
             raise StillroomError(f"naturals: {path} has {path.stat().st_size:,} bytes, too many for a tensor {shape}")
         try:
-            values = torch.load(path, map_location="cpu", weights_only=True)
+            values = load_torch(path)
         except Exception as error:  # damaged files, and pickles of more than tensors, raise many classes
             raise StillroomError(f"naturals: {path} is no torch file of a tensor alone: {str(error)[:200]}") from error
         if not isinstance(values, Tensor) or not values.is_floating_point() or list(values.shape) != shape:
@@ -204,7 +204,9 @@ def distill(
         ViewSettings(config.naturals_as_views, config.clip, config.view_encoding),
     )
     slot_of = torch.arange(slots).repeat_interleave(real.classes)
-    return DistilledSet(images, labels, slot_of, stored, None, manifest)
+    # Prepared naturals come without their files.
+    originals = None if config.naturals is not None else find_originals(real, draw_naturals(real, slots, seed))
+    return DistilledSet(images, labels, slot_of, stored, None, manifest, originals=originals)
 
 
 def recover_compensators(

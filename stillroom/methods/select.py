@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stillroom.artifact import StoredImages, hold_images
 from stillroom.compute import Plan, build_generator
 from stillroom.data import RealData, describe_real
-from stillroom.distilled import DistilledSet
+from stillroom.distilled import DistilledSet, Originals
 from stillroom.errors import StillroomError
 from stillroom.files import sha256_bytes
 from stillroom.manifest import Manifest, Normalization, TeacherFacts, ViewSettings
@@ -93,6 +93,12 @@ def take_naturals(real: RealData, chosen: Tensor) -> tuple[Tensor | StoredImages
     return hold_images(shape, lambda rows: real.train.batch(flat[rows]).cpu()), real.train.labels[flat]
 
 
+def find_originals(real: RealData, chosen: Tensor) -> Originals:
+    """Return where the files of take_naturals' images are read, for DistilledSet; chosen: as there."""
+    flat = chosen.flatten()
+    return lambda rows: real.train.originals(flat[rows])
+
+
 def describe_set(
     method: str,
     settings: dict[str, Any],
@@ -165,7 +171,8 @@ def distill_random(
     real: RealData, teachers: list[Teacher], ipc: int, config: RandomConfig, seed: int, plan: Plan, run: Run
 ) -> DistilledSet:
     """Return `ipc` random real images per class. The teachers only label it, later, and are recorded."""
-    images, labels = take_naturals(real, draw_naturals(real, ipc, seed))
+    chosen = draw_naturals(real, ipc, seed)
+    images, labels = take_naturals(real, chosen)
     slots = torch.arange(ipc).repeat_interleave(real.classes)
     manifest = describe_set("random", {"random": asdict(config)}, real, ipc, seed, teachers, ViewSettings())
-    return DistilledSet(images, labels, slots, None, None, manifest)
+    return DistilledSet(images, labels, slots, None, None, manifest, originals=find_originals(real, chosen))

@@ -14,7 +14,7 @@ from stillroom.readers.folders import no_train_folder, read_folder
 from stillroom.readers.ilsvrc import find_ilsvrc, read_ilsvrc
 from stillroom.readers.listing import LEFT_BEHIND, TEST_SPLITS
 from stillroom.readers.npz import npz_array, npz_headers, read_npz
-from stillroom.readers.parquet import ParquetImages, find_parquet, read_parquet
+from stillroom.readers.parquet import ParquetImages, find_parquet, read_column, read_parquet
 from stillroom.readers.shards import ShardImages, has_shards, read_shards
 from stillroom.readers.stored import ArrayImages, FileImages, Source, Span, Split, Stored
 from stillroom.readers.tiny_imagenet import read_tiny_imagenet
@@ -37,6 +37,7 @@ __all__ = [
     "npz_array",
     "npz_headers",
     "read_cifar_pickles",
+    "read_column",
     "read_digits",
     "read_folder",
     "read_ilsvrc",

@@ -15,6 +15,10 @@ from stillroom.errors import StillroomError
 from stillroom.readers.listing import TEST_SPLITS, choose_splits, find_files
 from stillroom.readers.stored import Source, Split
 
+# A few bytes of parquet can stand for any number of values: one of a dictionary again and again, or zeros, compressed.
+LARGEST_GROUP = 2**31  # bytes of a column in one row group, as they are in memory
+LARGEST_ROWS = 2**27  # of a file: a hundred times ImageNet's
+
 
 @contextmanager
 def _reading_parquet(path: Path) -> Iterator[None]:
@@ -25,6 +29,33 @@ def _reading_parquet(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise StillroomError(f"{path} cannot be read as parquet: {error}. Fetch the file again.") from error
+
+
+def read_column(file: Any, group: int, column: str, where: Path) -> Any:
+    """Return a row group's column of an open parquet file, a pyarrow ChunkedArray, in memory that is bounded.
+
+    Raises StillroomError where it takes more than LARGEST_GROUP; no more than twice that is taken.
+    """
+    import pyarrow as pa
+
+    meta = file.metadata.row_group(group)
+    chunks = [meta.column(c) for c in range(meta.num_columns)]
+    # No value is larger than all that is stored, however often it comes.
+    stored = sum(c.total_uncompressed_size for c in chunks if _belongs(c.path_in_schema, column))
+    rows = max(1, min(1024, LARGEST_GROUP // max(1, stored)))
+    taken, parts = stored, []
+    batches = file.iter_batches(rows, row_groups=[group], columns=[column]) if stored <= LARGEST_GROUP else ()
+    for batch in batches:
+        taken += batch.nbytes
+        if taken > LARGEST_GROUP:
+            break
+        parts.append(batch.column(0))
+    if taken > LARGEST_GROUP:
+        raise StillroomError(
+            f"{where} holds more than {LARGEST_GROUP / 2**30:.1f} GiB of {column!r} in row group {group}; write it in "
+            "smaller row groups, or do not trust it"
+        )
+    return pa.chunked_array(parts, file.schema_arrow.field(column).type)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +90,7 @@ class ParquetImages:
         if group not in self._last:
             path, number = self.groups[group]
             with _reading_parquet(path), pq.ParquetFile(path) as file:
-                cells = file.read_row_group(number, columns=[self.column]).column(0)
+                cells = read_column(file, number, self.column, path)
             if pa.types.is_struct(cells.type):
                 cells = pc.struct_field(cells, "bytes")
             self._last.clear()
@@ -194,7 +225,13 @@ def read_parquet(
                         sum(c.total_compressed_size for c in chunks if _belongs(c.path_in_schema, image_column))
                     )
                     rows.append(meta.num_rows)
-                found = file.read(columns=[label_column]).column(0).to_pylist()
+                if file.metadata.num_rows > LARGEST_ROWS:
+                    raise StillroomError(f"{path} has {file.metadata.num_rows:,} rows; split it, or do not trust it")
+                found = [
+                    label
+                    for number in range(file.num_row_groups)
+                    for label in read_column(file, number, label_column, path).to_pylist()
+                ]
             if None in found:
                 raise StillroomError(
                     f"{path} row {found.index(None)} has no '{label_column}'; give it a label or remove the row."

@@ -122,6 +122,41 @@ def write_parquet(folder: Path) -> None:
         pq.write_table(pa.table({"image": rows, "label": [0, 1, 0, 1]}), folder / f"{split}-0.parquet")
 
 
+def parquet_of(value: bytes, rows: int, label: Any = 0, **settings: Any) -> bytes:
+    """A parquet file in which one image, and one label, come so many times: a few bytes each, by its dictionaries."""
+    codes = pa.array(np.zeros(rows, np.int32))
+    image = pa.DictionaryArray.from_arrays(codes, pa.array([value], pa.binary()))
+    labels = pa.DictionaryArray.from_arrays(codes, pa.array([label]))
+    sink = io.BytesIO()
+    table = pa.table({"image": image, "label": labels})
+    pq.write_table(table, sink, store_schema=False, row_group_size=rows, **settings)
+    return sink.getvalue()
+
+
+def logits_bomb() -> bytes:
+    """A parquet file of four rows whose soft labels are a list of 100 million zeros each."""
+    zeros = pa.array(np.zeros(10**8, np.float32))
+    lists = pa.ListArray.from_arrays(pa.array([0, 10**8, 10**8, 10**8, 10**8], pa.int32()), zeros)
+    rows = [{"bytes": png(8, n), "path": None} for n in range(4)]
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"image": rows, "label": [0, 1, 2, 3], "soft_label": lists}), sink)
+    return sink.getvalue()
+
+
+def packed(content: bytes, size: int) -> bytes:
+    """torch's archive `content` with its numbers replaced by so many zeros, compressed."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
+        for part in old.infolist():
+            with new.open(part.filename, "w", force_zip64=True) as file:
+                if "/data/" in part.filename:
+                    for _ in range(size // 2**24):
+                        file.write(bytes(2**24))
+                else:
+                    file.write(old.read(part))
+    return buffer.getvalue()
+
+
 def tar_of(members: dict[str, bytes], *more: tarfile.TarInfo) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -221,6 +256,34 @@ def read_published(folder: Path) -> None:
     import_set(folder / "views", DataConfig(str(SETS / "toy.npz")), ImportConfig())
 
 
+def npy_of(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def write_soft_labels(folder: Path, suffix: str, content: bytes) -> None:
+    """Published images, 24 of four classes, and soft labels beside them."""
+    shutil.copytree(SETS / "views", folder / "views", ignore=shutil.ignore_patterns("soft_labels.npy", "index.csv"))
+    (folder / f"given.{suffix}").write_bytes(content)
+
+
+def read_soft_labels(folder: Path, suffix: str) -> None:
+    settings = ImportConfig(soft_labels=str(folder / f"given.{suffix}"))
+    import_set(folder / "views", DataConfig(str(SETS / "toy.npz")), settings)
+
+
+def write_published_parquet(folder: Path) -> None:
+    rows = [{"bytes": png(8, n), "path": None} for n in range(4)]
+    logits = np.random.default_rng(0).normal(size=(4, 4)).tolist()
+    table = pa.table({"image": rows, "label": [0, 1, 2, 3], "soft_label": logits})
+    pq.write_table(table, folder / "train-0.parquet")
+
+
+def read_published_parquet(folder: Path) -> None:
+    import_set(folder / "train-0.parquet", DataConfig(str(SETS / "toy.npz")), ImportConfig())
+
+
 WIDE = b"a: &a [" + b"1," * 9 + b"1]\n"
 ALIASES = WIDE + b"".join(
     b"%c: &%c [%s]\n" % (97 + n, 97 + n, b",".join([b"*%c" % (96 + n)] * 9)) for n in range(1, 20)
@@ -247,7 +310,18 @@ def formats() -> dict[str, Format]:
             "decompression bomb": npz_of(npy_header((2**10, 2**10, 2**10)) + bytes(2**28)),
         },
     )
-    yes["parquet"] = Format(write_parquet, "train*.parquet", read_all, {})
+    yes["parquet"] = Format(
+        write_parquet,
+        "train*.parquet",
+        read_all,
+        {
+            "one image many times": parquet_of(png(8) + bytes(2**20), 5_000),
+            "one label many times": parquet_of(png(8), 2_000, "a" * 2**20),
+            "rows without end": parquet_of(b"", 2 * 10**8),
+            "compression bomb": parquet_of(bytes(2**29), 3, compression="zstd"),
+            "bomb of an image": parquet_of(BOMBS["decompression bomb"], 4),
+        },
+    )
     out = samples() | {
         "../../escaped.png": png(),
         "../../escaped.cls": b"0",
@@ -300,6 +374,38 @@ def formats() -> dict[str, Format]:
     )
     yes["published set"] = Format(
         lambda f: shutil.copytree(SETS / "views", f / "views"), "views/**/*.*", read_published, BOMBS
+    )
+    soft = np.random.default_rng(0).normal(size=(24, 4)).astype(np.float32)
+    few = torch.zeros(1, dtype=torch.float16)
+    for suffix, content, hostile in (
+        (
+            "pt",
+            saved_by_torch(torch.from_numpy(soft)),
+            {
+                "code": pickle.dumps(Evil()),
+                "code in torch's archive": saved_by_torch([Evil()]),
+                "few bytes of a huge shape": saved_by_torch(few.expand(2**40, 4)),
+                "decompression bomb": packed(saved_by_torch(torch.zeros(24, 4)), 2**31),
+            },
+        ),
+        (
+            "npy",
+            npy_of(soft),
+            {
+                "pickled objects": npy_of(np.array([Evil()], object)),
+                "huge declared size": npy_header((2**40, 4)),
+                "huge header": b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**31) + b"{" * 100,
+            },
+        ),
+    ):
+        yes[f"soft labels {suffix}"] = Format(
+            lambda f, s=suffix, c=content: write_soft_labels(f, s, c),
+            f"given.{suffix}",
+            lambda f, s=suffix: read_soft_labels(f, s),
+            hostile,
+        )
+    yes["soft labels parquet"] = Format(
+        write_published_parquet, "train*.parquet", read_published_parquet, {"zeros without end": logits_bomb()}
     )
     return yes
 
