@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -136,3 +138,20 @@ def test_the_check_finds_an_import_that_goes_the_other_way(module: str, line: st
     modules = read_modules()
     modules[module] = modules.get(module, "") + "\n" + line + "\n"
     assert problem in find_violations(modules)
+
+
+def test_what_benchmarks_and_examples_import_is_there() -> None:
+    """They are checked by no types, and most run rarely."""
+    root = Path(__file__).parents[1]
+    scripts = [path for folder in ("benchmarks", "examples", "tests/faults") for path in (root / folder).glob("*.py")]
+    assert len(scripts) > 10
+    absent = [
+        f"{script.name}: {node.module}.{alias.name}"
+        for script in scripts
+        for node in ast.walk(ast.parse(script.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "stillroom"
+        for alias in node.names
+        if not hasattr(importlib.import_module(node.module or ""), alias.name)
+        and importlib.util.find_spec(f"{node.module}.{alias.name}") is None
+    ]
+    assert absent == []
