@@ -62,7 +62,9 @@ def first_block(config: Sre2lConfig | GvbsmConfig, classes: int) -> Tensor:
     return class_blocks(IPC, classes, config.images_per_batch)[0]
 
 
-def draw(config: Sre2lConfig | GvbsmConfig, images: int, flip: bool, layout: StatisticsLayout | None, step: int) -> Drawn:
+def draw(
+    config: Sre2lConfig | GvbsmConfig, images: int, flip: bool, layout: StatisticsLayout | None, step: int
+) -> Drawn:
     """Return what a step of ours draws, for the published loop to do the same."""
     generator = build_generator(0, "step", step)
     if isinstance(config, Sre2lConfig):
