@@ -8,6 +8,7 @@
     stillroom inspect | verify DIR             what a distilled set holds | whether it is whole
     stillroom import SET --data.source ...     a set that others published, into the artifact
     stillroom export DIR OUT --to ...          a set's views, for other people's scripts
+    stillroom push DIR OWNER/NAME              a set and its card, to the Hugging Face Hub
     stillroom figure NAME RUN ...              a figure of finished runs, and its data; without words: which there are
     stillroom report RUN ...                   one page of finished runs, to be opened from disk
     stillroom watch RUN                        what a run is at, while it goes on
@@ -35,7 +36,7 @@ from typing import Annotated, Literal, TypeVar
 import torch
 import tyro
 
-from stillroom import __version__, together
+from stillroom import __version__, hub, together
 from stillroom.cluster import spread
 from stillroom.compare import compare
 from stillroom.compute import ComputeConfig, Plan, resolve_plan
@@ -182,6 +183,17 @@ class ExportCommand:
     directory: tyro.conf.Positional[Path]  # the set's directory, or that of the run that made it
     out: tyro.conf.Positional[Path]  # a new or empty folder; for npz a new file
     to: ExportLayout
+
+
+@dataclass(frozen=True)
+class PushCommand:
+    """Show what would be public of a set on the Hugging Face Hub; with --yes, send it, which cannot be undone."""
+
+    directory: tyro.conf.Positional[Path]  # the set's directory, or that of the run that made it
+    repository: tyro.conf.Positional[str]  # "owner/name" on the Hub: new, empty, or an older version of a set
+    private: bool = False  # only its owner may see it
+    yes: bool = False  # send
+    dry_run: bool = False  # send nothing, whatever else is said
 
 
 @dataclass(frozen=True)
@@ -433,6 +445,19 @@ def export_command(words: list[str]) -> int:
     return OK
 
 
+def push_command(words: list[str]) -> int:
+    """stillroom push: a set to the Hub; --yes sends it."""
+    command = parse_words(PushCommand, "push", words)
+    publication = hub.prepare(command.directory, command.repository, command.private)
+    print("\n".join(publication.lines))
+    if command.dry_run or not command.yes:
+        print("nothing was sent; it cannot be taken back once others have it: add --yes to send it")
+        return OK
+    commit = hub.send(publication)
+    print(f'sent; anybody who may see it reads it back by stillroom.load("{command.repository}@{commit}")')
+    return OK
+
+
 def recipes_command(words: list[str]) -> int:
     """stillroom recipes: the presets and what they should reach."""
     parse_words(RecipesCommand, "recipes", words)
@@ -479,6 +504,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "verify": verify_command,
     "import": import_command,
     "export": export_command,
+    "push": push_command,
     "figure": figure_command,
     "report": report_command,
     "watch": watch_command,

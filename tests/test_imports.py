@@ -23,7 +23,7 @@ LAYERS = (
     ("run",),
     ("artifact", "card", "data", "logits", "cluster"),
     ("distilled", "train"),
-    ("teachers", "replay", "infer_files", "classnames", "layouts"),
+    ("teachers", "replay", "infer_files", "classnames", "layouts", "hub"),
     ("labels", "methods.select", "methods.recover", "exchange", "export", "analysis.duplication"),
     ("methods.infer", "methods.pixels", "methods.coreset", "methods.rded", "students"),
     ("methods.sre2l", "methods.gvbsm"),
@@ -58,6 +58,7 @@ APART = {
     "methods": ("labels", "students", "exchange"),
     "replay": ("teachers", "networks", "methods"),  # labels are replayed where no teacher is
     "exchange": ("methods", "train", "teachers"),  # sets come and go without training code
+    "hub": ("methods", "train", "teachers", "networks"),
     "report": ("data", "networks", "train", "teachers", "methods", "labels", "students", "pipeline", "study"),
     # figures are drawn from arrays: of all there is they know those, and how errors are raised
     **{
