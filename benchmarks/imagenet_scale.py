@@ -32,10 +32,8 @@ from stillroom.files import save_tensors
 from stillroom.networks import build_network, penultimate_features
 from stillroom.train import apply_normalization
 
-NETWORK, LINKED = (
-    "resnet18",
-    51,
-)  # training images of a class in the dry run of the whole recipe: names of the same file
+NETWORK = "resnet18"
+LINKED = 51  # training images of a class in the dry run of the whole recipe: names of the same file
 
 
 def write_images(root: Path, classes: int, per_class: int, side: int) -> None:

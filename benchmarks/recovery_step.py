@@ -41,7 +41,7 @@ from stillroom import augment
 from stillroom.compute import Plan, build_generator, peak_memory
 from stillroom.data import RealData
 from stillroom.methods import gvbsm, sre2l
-from stillroom.methods.gvbsm import GvbsmConfig, Layout
+from stillroom.methods.gvbsm import GvbsmConfig, StatisticsLayout
 from stillroom.methods.pixels import class_blocks, slot_blocks
 from stillroom.methods.recover import Descent, build_objective
 from stillroom.methods.sre2l import Sre2lConfig
@@ -62,7 +62,9 @@ def first_block(config: Sre2lConfig | GvbsmConfig, classes: int) -> Tensor:
     return class_blocks(IPC, classes, config.images_per_batch)[0]
 
 
-def draw(config: Sre2lConfig | GvbsmConfig, images: int, flip: bool, layout: Layout | None, step: int) -> Drawn:
+def draw(
+    config: Sre2lConfig | GvbsmConfig, images: int, flip: bool, layout: StatisticsLayout | None, step: int
+) -> Drawn:
     """Return what a step of ours draws, for the published loop to do the same."""
     generator = build_generator(0, "step", step)
     if isinstance(config, Sre2lConfig):

@@ -28,7 +28,7 @@ import torch
 from measure import write_results
 
 from stillroom.compute import ComputeConfig, Plan, resolve_plan
-from stillroom.labels import LABEL_BLOCK
+from stillroom.labels import views_per_block
 from stillroom.methods.infer import slot_count
 from stillroom.methods.recover import build_objective
 from stillroom.networks import build_network
@@ -101,8 +101,9 @@ def list_units(recipe: Recipe, plan: Plan) -> list[list[float]]:
     stages = [compensators]
     if "static" in recipe.labels:
         for count in views.values():
-            whole, rest = divmod(count, LABEL_BLOCK)
-            stages.append([labelling * LABEL_BLOCK] * whole + [labelling * rest] * bool(rest))
+            block = views_per_block(CLASSES, SIDE)
+            whole, rest = divmod(count, block)
+            stages.append([labelling * block] * whole + [labelling * rest] * bool(rest))
     trainings: dict[tuple[str, str, int], float] = {}
     for kind in recipe.labels:
         train = recipe.student.train_for(kind)

@@ -107,7 +107,8 @@ def estimate_comparison(comparison: Comparison) -> tuple[list[Stage], list[str]]
             recipe = replace(entry.recipe, student=replace(comparison.student, network=network))
             found = _student_stages(recipe, real, plan, known, entry, comparison.distill_seed)
             own += [replace(stage, name=f"{stage.name}, {network}") for stage in found]
-        stages += [replace(stage, name=f"{set_name(entry)}: {stage.name.strip()}") for stage in own]
+        name = set_name(entry) if entry.folder is None else entry.name
+        stages += [replace(stage, name=f"{name}: {stage.name.strip()}") for stage in own]
     if comparison.grid.scores:
         notes.append("the trainings that scores are made of are not counted")
     return stages, notes

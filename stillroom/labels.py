@@ -112,7 +112,7 @@ def compute_static_labels(
     """
     made_by = {"teachers": [teacher.hash for teacher in teachers], "set": distilled.fingerprint}
     classes, batch = len(distilled.manifest.class_names), fit_batch(LABEL_BATCH, distilled.manifest.image_size[0])
-    blocks = torch.arange(distilled.view_count).split(max(1, BLOCK_BYTES // (classes * LABEL_BYTES * batch)) * batch)
+    blocks = torch.arange(distilled.view_count).split(views_per_block(classes, distilled.manifest.image_size[0]))
 
     def make(block: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with run.progress("static labels", len(block)) as advance:
@@ -128,6 +128,12 @@ def compute_static_labels(
     for block in reversed(blocks):  # each let go as it is copied: not all are held twice
         labels[block] = made.pop()[1]["labels"]
     return labels
+
+
+def views_per_block(classes: int, image_size: int) -> int:
+    """Return how many views' static labels are a unit of work: whole batches, of about BLOCK_BYTES."""
+    batch = fit_batch(LABEL_BATCH, image_size)
+    return max(1, BLOCK_BYTES // (classes * LABEL_BYTES * batch)) * batch
 
 
 def label_views(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,29 @@ def test_the_check_finds_an_import_that_goes_the_other_way(module: str, line: st
     modules = read_modules()
     modules[module] = modules.get(module, "") + "\n" + line + "\n"
     assert problem in find_violations(modules)
+
+
+def is_there(module: str, name: str) -> bool:
+    if hasattr(importlib.import_module(module), name):
+        return True
+    try:
+        importlib.import_module(f"{module}.{name}")
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+def test_what_benchmarks_and_examples_import_is_there() -> None:
+    """They are checked by no types, and most run rarely."""
+    root = Path(__file__).parents[1]
+    scripts = [path for folder in ("benchmarks", "examples", "tests/faults") for path in (root / folder).glob("*.py")]
+    assert len(scripts) > 10
+    absent = [
+        f"{script.name}: {node.module}.{alias.name}"
+        for script in scripts
+        for node in ast.walk(ast.parse(script.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "stillroom"
+        for alias in node.names
+        if not is_there(node.module or "", alias.name)
+    ]
+    assert absent == []
