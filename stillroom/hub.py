@@ -70,11 +70,8 @@ def load(source: Path | str) -> DistilledSet:
         return load_distilled(find_set(path))
     repo, revision = _parse_address(str(source))
     folder = _fetch(repo, revision)
-    try:
+    with _whole_or_gone(folder, repo):
         return load_distilled(folder, ignore_card=True)
-    except StillroomError:
-        shutil.rmtree(folder, ignore_errors=True)  # so that the next call fetches it anew
-        raise
 
 
 def prepare(path: Path | str, repo: str, private: bool = False) -> Publication:
@@ -173,11 +170,8 @@ def _fetch(repo: str, revision: str | None) -> Path:
     if not 0 < (sizes[MANIFEST_NAME] or 0) <= LARGEST_MANIFEST:
         raise StillroomError(f"{what}: its {MANIFEST_NAME} has {sizes[MANIFEST_NAME]} bytes, which no manifest has")
     fetch(MANIFEST_NAME)
-    try:
+    with _whole_or_gone(folder, repo):
         manifest = read_manifest(folder)
-    except StillroomError:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     parts = [facts for role, facts in manifest.files.items() if role not in CARD_ROLES]
     for facts in parts:  # all of them before any is fetched
         if sizes.get(facts.name) != facts.bytes:
@@ -188,6 +182,19 @@ def _fetch(repo: str, revision: str | None) -> Path:
     for facts in parts:
         fetch(facts.name)
     return folder
+
+
+@contextmanager
+def _whole_or_gone(folder: Path, repo: str) -> Iterator[None]:
+    """Delete what was fetched where it cannot be read, so that the next call fetches it anew."""
+    try:
+        yield
+    except StillroomError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise StillroomError(
+            f"load {repo}: what was fetched is not whole and was deleted; load it again, or else ask who "
+            f"published it ({error})"
+        ) from error
 
 
 def _parse_address(source: str) -> tuple[str, str | None]:

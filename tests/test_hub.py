@@ -282,6 +282,16 @@ def test_a_set_that_is_not_whole_there_is_refused_and_not_kept(
     stillroom.load("owner/toy")
 
 
+def test_what_was_damaged_here_is_fetched_anew(stub: StubHub, finished: Finished, tmp_path: Path) -> None:
+    publish(finished)
+    stillroom.load("owner/toy")
+    (images,) = (tmp_path / "assets").rglob("images-*.parquet")
+    images.write_bytes(images.read_bytes()[:-1] + b"?")
+    with pytest.raises(StillroomError, match="was changed after it was written"):
+        stillroom.load("owner/toy")
+    stillroom.load("owner/toy")
+
+
 def test_no_larger_file_is_fetched_than_the_manifest_says(stub: StubHub, finished: Finished) -> None:
     publish(finished)
     files = stub.repos["owner/toy"][-1]
