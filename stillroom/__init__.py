@@ -25,6 +25,7 @@ _HOME = {
     "DistilledSet": "distilled",
     "count_bytes": "distilled",
     "ReplayLoader": "replay",
+    "load": "hub",
     "load_distilled": "distilled",
     "verify_distilled": "distilled",
     "StillroomError": "errors",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,8 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from stillroom.manifest import Manifest
+from stillroom.claims import Claim
+from stillroom.manifest import NOT_STATED, Manifest
 
 PARTS = ("images", "compensators", "labels")
 SHEET_CELLS = 10  # rows of naturals, and columns, at most
@@ -58,10 +60,15 @@ def budget_of(manifest: Manifest) -> Budget:
     return Budget(raw, stored, real.raw_bytes, real.stored_bytes, paper_ratio)
 
 
-def build_card(manifest: Manifest) -> bytes:
-    """README.md of the set that `manifest`, its `files` filled, describes; the front matter is read by dataset hubs."""
+def build_card(manifest: Manifest, claims: Sequence[Claim] = (), address: str | None = None) -> bytes:
+    """README.md of the set that `manifest`, its `files` filled, describes; the front matter is read by dataset hubs.
+
+    claims: what the set's run found, beside its controls. address: "owner/name", for a card that is read on the Hub.
+    """
     budget, files = budget_of(manifest), manifest.files
+    opened = 'load_distilled(".")' if address is None else f'load("{address}")'
     front = {
+        "license": _licence_id(manifest.dataset.licence),
         "pretty_name": f"{manifest.dataset.name} distilled by {manifest.method}",
         "task_categories": ["image-classification"],
         "tags": ["dataset-distillation", "stillroom"],
@@ -74,16 +81,16 @@ def build_card(manifest: Manifest) -> bytes:
     views = manifest.views
     example = [
         "from torch.utils.data import DataLoader",
-        "from stillroom.distilled import load_distilled",
+        f"from stillroom import {opened.partition('(')[0]}",
         "",
-        'for image, soft_label in DataLoader(load_distilled(".").views(), batch_size=64, shuffle=True):',
+        f"for image, soft_label in DataLoader({opened}.views(), batch_size=64, shuffle=True):",
         "    ...  # image float32 [64, 3, height, width], normalised; soft_label float32 [64, classes], sums to one",
     ]
     if manifest.pool is not None:
         example = [
-            "from stillroom import ReplayLoader, load_distilled",
+            f"from stillroom import ReplayLoader, {opened.partition('(')[0]}",
             "",
-            'for images, soft_labels in ReplayLoader(load_distilled("."), temperature=20):  # anew each epoch',
+            f"for images, soft_labels in ReplayLoader({opened}, temperature=20):  # anew each epoch",
             "    ...  # images float32 [batch, 3, height, width], augmented, normalised; soft_labels float32 "
             "[batch, classes]",
         ]
@@ -158,7 +165,45 @@ def build_card(manifest: Manifest) -> bytes:
     if manifest.teachers:
         lines += ["", "## Teachers", "", "| network | top-1 on the real test split |", "| --- | ---: |"]
         lines += [f"| {teacher.name} | {teacher.show_accuracy(2)} |" for teacher in manifest.teachers]
+    lines += ["", "## What students reach, and the controls", "", *_describe_claims(claims)]
+    lines += ["", "## Use and limits", "", *_describe_use(manifest)]
     return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _licence_id(licence: str) -> str:
+    """The Hub's identifier for a licence in words."""
+    if licence.startswith(NOT_STATED):
+        return "unknown"
+    return "cc-by-4.0" if licence.startswith("CC BY 4.0") else "other"
+
+
+def _describe_claims(claims: Sequence[Claim]) -> list[str]:
+    if not claims:
+        return ["No results came with this set, so nothing here says how well it trains, or that random images do not."]
+    lines = ["Top-1 on the real test split after the last epoch; differences in points, paired by seed:", ""]
+    for claim in claims:
+        lines.append(f"- {claim.sentence}")
+        lines += [f"  - beside {control.control}: {control.said}" for control in claim.against]
+    return lines
+
+
+def _describe_use(manifest: Manifest) -> list[str]:
+    """Intended use, and the limits that follow from what the manifest says."""
+    real, kept = manifest.dataset.name, manifest.extra.get("original_images")
+    return [
+        f"- **Licence of {real}**: {manifest.dataset.licence}. This set is made of it, and whatever binds its use "
+        "binds this set's; stillroom's own licence is of the code alone.",
+        "- **Meant for** research: training and comparing image classifiers on few images, and studying dataset "
+        f"distillation. It stands for {real}'s training images in that, and in nothing else.",
+        f"- **Not meant for** decisions about people, nor as a benchmark of {real}: students trained on it are "
+        f"usually less accurate than on {real} whole, and some classes suffer more than others.",
+        "- **Not anonymous**: "
+        + (f"{len(kept)} of the images are the real files of {real}" if kept else f"images may be real ones of {real}")
+        + ", or made from them. A small set protects nobody whom it shows.",
+        f"- Biases of {real} and of the teachers, whose opinions soft labels are, go with the set; none was measured.",
+        f"- It was made for images of {manifest.image_size[1]} x {manifest.image_size[0]} pixels, and accuracy depends "
+        "much on network, steps, augmentation and labels: compare under one protocol, beside random images.",
+    ]
 
 
 def sheet_rows(labels: Tensor) -> Tensor:

@@ -8,6 +8,7 @@
     stillroom inspect | verify DIR             what a distilled set holds | whether it is whole
     stillroom import SET --data.source ...     a set that others published, into the artifact
     stillroom export DIR OUT --to ...          a set's views, for other people's scripts
+    stillroom push DIR OWNER/NAME              a set and its card, to the Hugging Face Hub
     stillroom figure NAME RUN ...              a figure of finished runs, and its data; without words: which there are
     stillroom report RUN ...                   one page of finished runs, to be opened from disk
     stillroom watch RUN                        what a run is at, while it goes on
@@ -25,6 +26,7 @@ with everything saved: the same command goes on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -35,7 +37,7 @@ from typing import Annotated, Literal, TypeVar
 import torch
 import tyro
 
-from stillroom import __version__, together
+from stillroom import __version__, hub, together
 from stillroom.cluster import spread
 from stillroom.compare import compare
 from stillroom.compute import ComputeConfig, Plan, resolve_plan
@@ -65,6 +67,7 @@ from stillroom.replay import with_batches_of
 from stillroom.report_command import report_command, write_report
 from stillroom.run import Run, finished_units
 from stillroom.settings import parse_duration, parse_words, read_config, read_plain, reading_words, to_yaml
+from stillroom.sinks import SinkName, open_sink
 from stillroom.students import Evaluation, StudentConfig, check_matches, evaluate
 from stillroom.tables import (
     print_where,
@@ -94,7 +97,7 @@ OK, FAILED, USAGE, STOPPED = 0, 1, 2, 3
 
 # What a command is told anew each time, so that no file of settings holds it.
 NO_SETTINGS = (
-    "distilled", "protocol", "out", "config", "time_limit", "engine", "workers", "ray_address", "print_config",
+    "distilled", "protocol", "out", "config", "time_limit", "engine", "workers", "ray_address", "log", "print_config",
 )  # fmt: skip
 
 
@@ -112,6 +115,7 @@ class RecipeCommand:
     """Who does the work: this process; this one and others of the same command (a job array); or workers on Ray."""
     workers: int | None = None  # on Ray; None: as many as there is room for
     ray_address: str | None = None  # HOST:PORT or auto; None: $RAY_ADDRESS, or else a cluster of this machine alone
+    log: SinkName | None = None  # where numbers go besides the run's own events
     dry_run: bool = False  # print the plan with an estimate of time, memory and bytes, and stop
     print_config: bool = False  # print the resolved settings as YAML and stop
 
@@ -155,6 +159,7 @@ class EvaluateCommand:
     """Who does the work: this process; this one and others of the same command (a job array); or workers on Ray."""
     workers: int | None = None  # on Ray; None: as many as there is room for
     ray_address: str | None = None  # HOST:PORT or auto; None: $RAY_ADDRESS, or else a cluster of this machine alone
+    log: SinkName | None = None  # where numbers go besides the run's own events
     print_config: bool = False  # print the resolved settings as YAML and stop
 
 
@@ -182,6 +187,17 @@ class ExportCommand:
     directory: tyro.conf.Positional[Path]  # the set's directory, or that of the run that made it
     out: tyro.conf.Positional[Path]  # a new or empty folder; for npz a new file
     to: ExportLayout
+
+
+@dataclass(frozen=True)
+class PushCommand:
+    """Show what would be public of a set on the Hugging Face Hub; with --yes, send it, which cannot be undone."""
+
+    directory: tyro.conf.Positional[Path]  # the set's directory, or that of the run that made it
+    repository: tyro.conf.Positional[str]  # "owner/name" on the Hub: new, empty, or an older version of a set
+    private: bool = False  # only its owner may see it
+    yes: bool = False  # send
+    dry_run: bool = False  # send nothing, whatever else is said
 
 
 @dataclass(frozen=True)
@@ -336,6 +352,8 @@ def evaluate_command(words: list[str]) -> int:
     for flag, given in (("--time-limit", command.time_limit), ("--engine", command.engine != "local")):
         if given and command.out is None:
             raise UsageError(f"{flag} leaves what is done to others or to later, in a run directory: give --out too")
+    if command.log is not None and command.out is None:
+        raise UsageError(f"--log {command.log} goes by the name of a run directory: give --out too")
     if command.print_config:
         print(to_yaml(command, NO_SETTINGS))
         return OK
@@ -433,6 +451,19 @@ def export_command(words: list[str]) -> int:
     return OK
 
 
+def push_command(words: list[str]) -> int:
+    """stillroom push: a set to the Hub; --yes sends it."""
+    command = parse_words(PushCommand, "push", words)
+    publication = hub.prepare(command.directory, command.repository, command.private)
+    print("\n".join(publication.lines))
+    if command.dry_run or not command.yes:
+        print("nothing was sent; it cannot be taken back once others have it: add --yes to send it")
+        return OK
+    commit = hub.send(publication)
+    print(f'sent; anybody who may see it reads it back by stillroom.load("{command.repository}@{commit}")')
+    return OK
+
+
 def recipes_command(words: list[str]) -> int:
     """stillroom recipes: the presets and what they should reach."""
     parse_words(RecipesCommand, "recipes", words)
@@ -479,6 +510,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "verify": verify_command,
     "import": import_command,
     "export": export_command,
+    "push": push_command,
     "figure": figure_command,
     "report": report_command,
     "watch": watch_command,
@@ -589,6 +621,8 @@ def _carry_out(command: RecipeCommand | EvaluateCommand, work: Callable[[Compute
     if command.engine != "local" and together.launched():
         raise UsageError(f"torchrun's processes share each training, --engine {command.engine} the units: use one")
     if command.engine == "ray":
+        if command.log is not None:
+            raise UsageError("--log sends what this process does, not Ray's workers: use --engine local or shared")
         assert directory is not None  # or the command was refused
         cache = cache_root(teachers.cache).resolve()
         return spread(
@@ -598,7 +632,13 @@ def _carry_out(command: RecipeCommand | EvaluateCommand, work: Callable[[Compute
     if command.workers is not None or command.ray_address is not None:
         raise UsageError("--workers and --ray-address are Ray's: give --engine ray too")
     worker = name_worker() if command.engine == "shared" else None
-    with Run(directory, time_limit=limit, worker=worker) as run, run.stop_on_signals():
+    with contextlib.ExitStack() as stack:
+        sink = None
+        if command.log is not None:
+            assert directory is not None  # or the command was refused
+            sink = stack.enter_context(open_sink(command.log, directory)).take
+        run = stack.enter_context(Run(directory, time_limit=limit, worker=worker, sink=sink))
+        stack.enter_context(run.stop_on_signals())
         return work(compute, run)
 
 

@@ -35,7 +35,7 @@ from stillroom.images import (
     load_images,
     mean_and_std,
 )
-from stillroom.manifest import RealFacts
+from stillroom.manifest import NOT_STATED, RealFacts
 from stillroom.readers import ArrayImages, Source
 
 
@@ -90,7 +90,7 @@ class DataConfig:
 class Facts:
     """What is known of a named dataset. `mean` and `std` are of training pixels in [0, 1]; None: computed. `flip`:
     whether a mirrored image keeps its label. `folder`: where its original layout lies below the root. `class_names`
-    None: its files name them."""
+    None: its files name them. `licence`: what its authors allow, where they say."""
 
     classes: int
     image_size: int
@@ -101,8 +101,12 @@ class Facts:
     folder: str | None
     class_names: tuple[str, ...] | None = None
     label_column: str = "label"
+    licence: str = NOT_STATED
 
 
+IMAGENET_LICENCE = (
+    "ImageNet's terms of access, non-commercial research and education only; the pictures' rights are their owners'"
+)
 DIGITS = tuple("0123456789")
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # fmt: off
@@ -125,15 +129,18 @@ CIFAR100 = (
 # fmt: off
 FACTS: dict[str, Facts] = {
     #                      classes size mean                      std                       flip   test    folder
-    "digits":        Facts(  10,   32, None,                     None,                     False, "test", None, DIGITS),
+    "digits":        Facts(  10,   32, None,                     None,                     False, "test", None, DIGITS,
+                           licence="CC BY 4.0, as the UCI repository has them (Alpaydin and Kaynak)"),
     "cifar10":       Facts(  10,   32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), True,  "test",
-                           "cifar-10-batches-py", CIFAR10),
+                           "cifar-10-batches-py", CIFAR10, licence="not stated by its authors"),
     "cifar100":      Facts( 100,   32, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), True,  "test",
-                           "cifar-100-python", CIFAR100, label_column="fine_label"),
+                           "cifar-100-python", CIFAR100, label_column="fine_label",
+                           licence="not stated by its authors"),
     "tiny-imagenet": Facts( 200,   64, (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262), True,  "val",
-                           "tiny-imagenet-200"),
+                           "tiny-imagenet-200",
+                           licence=f"not stated by its authors; its pictures are ImageNet's: {IMAGENET_LICENCE}"),
     "imagenet":      Facts(1000,  224, (0.485,  0.456,  0.406),  (0.229,  0.224,  0.225),  True,  "val",
-                           "ILSVRC2012"),
+                           "ILSVRC2012", licence=IMAGENET_LICENCE),
 }
 # fmt: on
 
@@ -147,7 +154,7 @@ class RealData:
     `raw_bytes`: training images x native channels (1 if the first is gray, else 3) x height x width, as used or, for
     arrays that were enlarged, as stored. `skipped_images`: bad ones that were left out, and why. `stored_bytes`: what
     the training images occupy at the source: file sizes, array bytes, or the compressed bytes of a parquet column.
-    `resize`: the rule by which they were read.
+    `resize`: the rule by which they were read. `licence`: what their authors allow, in words.
     """
 
     name: str
@@ -162,6 +169,7 @@ class RealData:
     raw_bytes: int
     stored_bytes: int
     resize: Resize = "refuse"
+    licence: str = NOT_STATED
 
     @property
     def classes(self) -> int:
@@ -195,6 +203,7 @@ def describe_real(real: RealData) -> RealFacts:
         real.stored_bytes,
         real.flip,
         real.resize,
+        real.licence,
     )
 
 
@@ -292,6 +301,7 @@ def _load(config: DataConfig) -> RealData:
         raw_bytes=len(train) * channels * as_stored,
         stored_bytes=source.train.images.stored_bytes(train_rows),
         resize=config.resize,
+        licence=facts.licence if facts else NOT_STATED,
     )
 
 

@@ -25,6 +25,7 @@ from stillroom.files import json_bytes, parse_json, read_bytes, sha256_bytes
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
+NOT_STATED = "not stated"  # what is said of a licence that nobody has told
 SEAL_KEY = "manifest_sha256"  # of the manifest's own bytes without this key
 LARGEST_FILE = 2**46  # bytes; more than any image set that was ever distilled
 LIBRARIES = ("stillroom", "torch", "torchvision", "timm", "numpy", "pillow", "pyarrow", "safetensors")
@@ -40,7 +41,7 @@ ImageEncodingChoice = Literal["auto", PictureEncoding]  # auto: by the images' s
 Resize = Literal["refuse", "squash", "crop"]
 
 # Keys that manifests of this schema version may lack, since they came later; their defaults say what was meant.
-LATER_KEYS = ("dataset.resize", ".pool", "pool.batches.shuffle_patches")
+LATER_KEYS = ("dataset.resize", "dataset.licence", ".pool", "pool.batches.shuffle_patches")
 
 
 def library_versions() -> dict[str, str]:
@@ -83,7 +84,7 @@ class RealFacts:
 
     `fingerprint` is a hash of its content; `raw_bytes` counts uint8 pixels, `stored_bytes` its files; `flip` says
     whether a mirrored image keeps its class. `resize` is the rule by which its images got their size: "refuse" where
-    they had it already, or where the set is older than this fact.
+    they had it already, or where the set is older than this fact. `licence`: what its authors allow, in words.
     """
 
     name: str
@@ -93,6 +94,7 @@ class RealFacts:
     stored_bytes: int
     flip: bool
     resize: Resize = "refuse"
+    licence: str = NOT_STATED
 
     def __post_init__(self) -> None:
         for name in ("images", "raw_bytes", "stored_bytes"):

@@ -70,7 +70,8 @@ class Run:
     `time_limit` is in seconds from now. Work is saved and TimeLimitReached raised a little earlier (5 %, at most 15 s),
     since a step must end and a checkpoint be written in the time that is left. A run within a `parent` stops with it,
     and is shared where that is. `worker`: a name, by which this process is one of several that share the directory;
-    `stop_file` is what stops them all. None: it is this process's alone.
+    `stop_file` is what stops them all. None: it is this process's alone. `sink` is given every event too, and those of
+    runs within this one, which say which by `within`; it must not raise.
     """
 
     def __init__(
@@ -82,9 +83,11 @@ class Run:
         parent: Run | None = None,
         worker: str | None = None,
         stop_file: Path | None = None,
+        sink: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.directory = directory
         self.parent = parent
+        self.sink: Callable[[dict[str, Any]], None] | None = sink if parent is None else parent.sink
         self.worker: Worker | None = None
         self._others_first = False
         self.made = 0  # units that this process made, its own and those of runs within it
@@ -361,9 +364,11 @@ class Run:
         """Append one line of JSON to the run's events."""
         if self.directory is None:
             return
-        line = json.dumps({"time": round(time.time(), 3), "event": kind, **fields}, allow_nan=True)
+        told = {"time": round(time.time(), 3), "event": kind, **fields}
         with open(self._events, "a") as events:
-            events.write(line + "\n")
+            events.write(json.dumps(told, allow_nan=True) + "\n")
+        if self.sink is not None:
+            self.sink(told if self.parent is None else told | {"within": self.directory.name})
 
     def seconds_spent(self) -> float:
         """Return the time that processes have spent on this run, from each one's opening to its last event.

@@ -15,7 +15,7 @@ PACKAGE = Path(stillroom.__file__).parent
 # From the ground up. A module imports from lower lines alone, never from its own line.
 LAYERS = (
     ("errors",),
-    ("arrays", "files", "compute", "networks", "augment", "settings", "markup", "paper", "scores", "muon"),
+    ("arrays", "files", "compute", "networks", "augment", "settings", "markup", "paper", "scores", "muon", "sinks"),
     ("render", "events", "claims", "readers.stored", "readers.listing"),
     ("readers.digits", "readers.npz", "readers.cifar", "readers.folders", "readers.parquet", "readers.tar"),
     ("readers.ilsvrc", "readers.tiny_imagenet", "readers.shards"),
@@ -24,7 +24,7 @@ LAYERS = (
     ("run",),
     ("artifact", "card", "data", "logits", "cluster"),
     ("distilled", "train"),
-    ("teachers", "replay", "infer_files", "classnames", "layouts"),
+    ("teachers", "replay", "infer_files", "classnames", "layouts", "hub"),
     ("labels", "methods.select", "methods.recover", "exchange", "export", "analysis.duplication"),
     ("methods.infer", "methods.pixels", "methods.coreset", "methods.rded", "students"),
     ("methods.sre2l", "methods.gvbsm"),
@@ -59,6 +59,7 @@ APART = {
     "methods": ("labels", "students", "exchange"),
     "replay": ("teachers", "networks", "methods"),  # labels are replayed where no teacher is
     "exchange": ("methods", "train", "teachers"),  # sets come and go without training code
+    "hub": ("methods", "train", "teachers", "networks"),
     "report": ("data", "networks", "train", "teachers", "methods", "labels", "students", "pipeline", "study"),
     # figures are drawn from arrays: of all there is they know those, and how errors are raised
     **{
