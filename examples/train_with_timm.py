@@ -2,7 +2,7 @@
 
     python examples/train_with_timm.py DIR [EPOCHS]      # DIR: a set's folder, or "owner/name" on the Hub
 
-timm's training script is in its repository (https://github.com/huggingface/pytorch-image-models), not in its package.
+timm's training script is in its repository (huggingface/pytorch-image-models), not in its package.
 It reads class folders, so hard labels alone. What `stillroom export` writes it takes as it is (REAL: the real images):
 
     stillroom export DIR folder --to folder
