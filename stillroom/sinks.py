@@ -72,7 +72,7 @@ def open_sink(name: SinkName, directory: Path) -> Iterator[Sink]:
         package = importlib.import_module(PACKAGES[name])
     except ImportError as error:
         raise StillroomError(
-            f"--log {name} needs a package that is not installed ({error}); pip install 'stillroom[{name}]'"
+            f"--log {name} needs a package that is not installed ({error}); pip install {name}"
         ) from error
     sink = Sink(name, directory, package)
     try:
