@@ -231,11 +231,12 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if not together.launched():
         return _carry_out_words(words)
-    if not together.join():
+    leads = together.join()
+    try:
+        if leads:
+            return _carry_out_words(words)
         help_others()
         return OK
-    try:
-        return _carry_out_words(words)
     finally:
         together.leave()
 

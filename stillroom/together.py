@@ -12,6 +12,7 @@ order in which floats are summed; dropout, which each process draws for itself, 
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before `join`: imported after it, its functions' defaults would keep the group alive
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -80,10 +82,16 @@ def join() -> bool:
 
 
 def leave() -> None:
-    """Let the helpers go, where they can hear it, and end the meeting."""
-    if not _is_midway:
+    """End the meeting, with gloo's threads: one that still held a tensor as Python ends would abort the process.
+
+    The leader lets the helpers go first. Where these cannot hear it the group stays, since to end it would be to wait.
+    """
+    if _is_midway:
+        return
+    if dist.get_rank() == 0:
         _tell(None)
-        dist.destroy_process_group()
+    gc.collect()  # networks within reference cycles hold the group
+    dist.destroy_process_group()
 
 
 @contextmanager

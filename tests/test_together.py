@@ -201,6 +201,36 @@ def test_networks_can_be_sent_to_helpers(name: str) -> None:
     together._refuse_others(model)
 
 
+ALONE = """
+import os, torch
+from pathlib import Path
+from stillroom import together
+together.join()
+with together.helping(torch.nn.Linear(2, 2)) as model:
+    loss = model(torch.ones(1, 2)).sum()
+    loss.backward()
+    together.average(loss)
+del model, loss
+names = lambda: [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+before = names()
+together.leave()
+print(any("gloo" in name for name in before), any("gloo" in name for name in names()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed on Linux alone")
+def test_no_thread_of_the_meeting_is_left_when_the_interpreter_ends() -> None:
+    """One that lets go of its last tensor while Python ends aborts the process, rarely."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    told = subprocess.run(
+        [sys.executable, "-c", ALONE], env=os.environ | given, capture_output=True, text=True, timeout=120
+    )
+    assert told.stdout == "True False\n", told.stderr
+
+
 def test_the_engines_of_units_and_of_batches_are_not_mixed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
