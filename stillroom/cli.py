@@ -26,79 +26,59 @@ with everything saved: the same command goes on.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, TypeVar
 
 import torch
 import tyro
 
 from stillroom import __version__, hub, together
-from stillroom.cluster import spread
 from stillroom.compare import compare
-from stillroom.compute import ComputeConfig, Plan, resolve_plan
-from stillroom.data import FACTS, DataConfig, RealData, hub_id, load_real
-from stillroom.distilled import DistilledSet, find_set, load_distilled, verify_distilled
+from stillroom.data import FACTS, DataConfig
+from stillroom.distilled import find_set, load_distilled, verify_distilled
+from stillroom.engines import EngineName, carry_out
 from stillroom.errors import StillroomError, TimeLimitReached, UsageError, suggest
 from stillroom.estimate import estimate_comparison, estimate_recipe
+from stillroom.evaluate_command import evaluate_command
 from stillroom.exchange import ImportConfig, import_set
 from stillroom.export import ExportLayout, export_set
 from stillroom.figure_command import figure_command
-from stillroom.files import read_sealed, require_free_folder, write_json
+from stillroom.files import require_free_folder
 from stillroom.grid import Comparison, Grid, comparison_of
-from stillroom.labels import PoolConfig, attach_labels
-from stillroom.manifest import LabelKind, read_manifest
 from stillroom.pipeline import (
-    bound_settings,
-    holds_labels,
     make_recipe_set,
-    provenance,
     run_recipe,
     squeeze_recipe,
 )
-from stillroom.protocols import PROTOCOLS, ProtocolName, name_protocol, protocol_student
+from stillroom.protocols import PROTOCOLS, ProtocolName, protocol_student
 from stillroom.recipes import RECIPES, Recipe, find_recipe
 from stillroom.render import failures_of
-from stillroom.replay import with_batches_of
 from stillroom.report_command import report_command, write_report
 from stillroom.run import Run, finished_units
-from stillroom.settings import parse_duration, parse_words, read_config, read_plain, reading_words, to_yaml
-from stillroom.sinks import SinkName, open_sink
-from stillroom.students import Evaluation, StudentConfig, check_matches, evaluate
+from stillroom.settings import parse_duration, parse_words, read_config, reading_words, to_yaml
+from stillroom.sinks import SinkName
 from stillroom.tables import (
     print_where,
     show_budget,
     show_cache,
     show_comparison,
     show_estimate,
-    show_evaluation,
     show_recipes,
     show_results,
     show_teachers,
 )
 from stillroom.teachers import (
-    Teacher,
-    TeachersConfig,
-    cache_root,
     empty_cache,
     list_cache,
-    load_teachers,
-    untrained_teachers,
 )
 from stillroom.train import help_others
 from stillroom.watch import watch_command
-from stillroom.workers import name_worker
 
 OK, FAILED, USAGE, STOPPED = 0, 1, 2, 3
-
-# What a command is told anew each time, so that no file of settings holds it.
-NO_SETTINGS = (
-    "distilled", "protocol", "out", "config", "time_limit", "engine", "workers", "ray_address", "log", "print_config",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,7 +91,7 @@ class RecipeCommand:
     out: Path | None = None  # run directory; runs/RECIPE if not given
     config: Path | None = None  # YAML file with settings, as --print-config writes it; flags override it
     time_limit: str | None = None  # stop cleanly after this time (90s, 9m, 2h); the same command goes on
-    engine: Literal["local", "shared", "ray"] = "local"
+    engine: EngineName = "local"
     """Who does the work: this process; this one and others of the same command (a job array); or workers on Ray."""
     workers: int | None = None  # on Ray; None: as many as there is room for
     ray_address: str | None = None  # HOST:PORT or auto; None: $RAY_ADDRESS, or else a cluster of this machine alone
@@ -136,31 +116,6 @@ class CompareCommand(RecipeCommand):
     def directory(self) -> Path:
         """The comparison's directory."""
         return self.out or Path("runs") / f"compare-{self.recipe}"
-
-
-@dataclass(frozen=True)
-class EvaluateCommand:
-    """Train students on a distilled set and measure them on the real test split."""
-
-    distilled: tyro.conf.Positional[Path]  # the set's directory
-    # Data, students and teachers are those of the run that made the set, where it lies in one.
-    data: DataConfig = field(default_factory=DataConfig)  # the real data that the set was made of
-    student: StudentConfig = field(default_factory=StudentConfig)
-    labels: Literal["stored", LabelKind] = "stored"  # what is not stored is made by the teachers
-    pool: PoolConfig = field(default_factory=PoolConfig)  # of replayed labels; those of the set, where it has some
-    teachers: TeachersConfig = field(default_factory=TeachersConfig)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    compute: ComputeConfig = field(default_factory=ComputeConfig)
-    protocol: ProtocolName | None = None  # students, labels and teachers of a protocol; see protocols.py
-    out: Path | None = None  # run directory; the students are not kept if not given
-    config: Path | None = None  # YAML file with settings; flags override it
-    time_limit: str | None = None  # stop cleanly after this time (90s, 9m, 2h)
-    engine: Literal["local", "shared", "ray"] = "local"
-    """Who does the work: this process; this one and others of the same command (a job array); or workers on Ray."""
-    workers: int | None = None  # on Ray; None: as many as there is room for
-    ray_address: str | None = None  # HOST:PORT or auto; None: $RAY_ADDRESS, or else a cluster of this machine alone
-    log: SinkName | None = None  # where numbers go besides the run's own events
-    print_config: bool = False  # print the resolved settings as YAML and stop
 
 
 @dataclass(frozen=True)
@@ -295,8 +250,8 @@ def run_command(words: list[str]) -> int:
     command = parse_recipe("run", words, RecipeCommand)
     if command is None:
         return OK
-    settings, name = command.settings, command.recipe
-    results = _carry_out(command, lambda compute, run: run_recipe(_computed(settings, compute), run, name))
+    name = command.recipe
+    results = _carry_out(command, command.settings, lambda settings, run: run_recipe(settings, run, name))
     show_results(results)
     print_where(command.directory)
     return OK
@@ -307,8 +262,8 @@ def compare_command(words: list[str]) -> int:
     command = parse_recipe("compare", words, CompareCommand)
     if command is None:
         return OK
-    settings, name = command.settings, command.recipe
-    results = _carry_out(command, lambda compute, run: compare(_computed(settings, compute), run, name))
+    name = command.recipe
+    results = _carry_out(command, command.settings, lambda settings, run: compare(settings, run, name))
     show_comparison(results)
     out = command.directory
     print(
@@ -323,8 +278,7 @@ def squeeze_command(words: list[str]) -> int:
     command = parse_recipe("squeeze", words, RecipeCommand)
     if command is None:
         return OK
-    settings = command.settings
-    show_teachers(_carry_out(command, lambda compute, run: squeeze_recipe(_computed(settings, compute), run)))
+    show_teachers(_carry_out(command, command.settings, squeeze_recipe))
     return OK
 
 
@@ -333,79 +287,9 @@ def distill_command(words: list[str]) -> int:
     command = parse_recipe("distill", words, RecipeCommand)
     if command is None:
         return OK
-    settings = command.settings
-    _carry_out(command, lambda compute, run: make_recipe_set(_computed(settings, compute), run))
+    _carry_out(command, command.settings, make_recipe_set)
     show_budget(command.directory / "distilled")
     return OK
-
-
-def evaluate_command(words: list[str]) -> int:
-    """stillroom evaluate: students on a set that exists."""
-    if words and words[0].startswith("-") and not {"-h", "--help"} & set(words):
-        raise UsageError("name the set's directory first: stillroom evaluate DIR ...")
-    own = None if not words or words[0].startswith("-") else _as_its_run(Path(words[0]))
-    default = None if own is None else read_config(words, own, NO_SETTINGS)
-    command = parse_words(EvaluateCommand, "evaluate", words, default)
-    assert own is not None  # or the words were refused, or asked for help
-    if command.protocol is not None:
-        default = read_config(words, _under_protocol(own, command.protocol), NO_SETTINGS)
-        command = parse_words(EvaluateCommand, "evaluate", words, default)
-    for flag, given in (("--time-limit", command.time_limit), ("--engine", command.engine != "local")):
-        if given and command.out is None:
-            raise UsageError(f"{flag} leaves what is done to others or to later, in a run directory: give --out too")
-    if command.log is not None and command.out is None:
-        raise UsageError(f"--log {command.log} goes by the name of a run directory: give --out too")
-    if command.print_config:
-        print(to_yaml(command, NO_SETTINGS))
-        return OK
-    folder = find_set(command.distilled).resolve()
-    if command.out is not None and command.out.resolve() in (folder, folder.parent):
-        raise UsageError(f"--out {command.out} holds the set itself; give its students a directory of their own")
-    dataset, source = read_manifest(folder).dataset.name, command.data.source
-    is_found = source in FACTS or Path(source).exists() or hub_id(source) is not None
-    if source == dataset and not is_found:
-        raise UsageError(f"the set was made of {source!r}; say where these images lie: --data.source PATH")
-    settled, begun_as = command, own
-    dataset, classes, result, protocol = _carry_out(
-        command,
-        lambda compute, run: _evaluate(dataclasses.replace(settled, compute=compute), begun_as, words, run),
-    )
-    show_evaluation(dataset, classes, command.student, result, protocol)
-    return OK
-
-
-def _evaluate(
-    command: EvaluateCommand, own: EvaluateCommand, words: list[str], run: Run
-) -> tuple[str, int, Evaluation, str]:
-    """Return the data's name and number of classes, what students reached on the set, and the protocol's name.
-
-    `own` is the command as the set's run has it.
-    """
-    distilled = load_distilled(find_set(command.distilled))
-    plan = resolve_plan(command.compute, run.notice)
-    real = load_real(command.data)
-    check_matches(distilled, real, held_out=command.data.holdout_per_class > 0)
-    kept = {k: v for k, v in asdict(command).items() if k in ("data", "student", "labels", "pool", "teachers")}
-    settings = bound_settings(kept, real)
-    settings["distilled"] = {role: facts.sha256 for role, facts in distilled.manifest.files.items()}
-    plan = type(plan)(**run.bind_config(settings, plan.as_dict()))
-    plan.activate()
-    kind = distilled.manifest.label_kind if command.labels == "stored" else command.labels
-    asked = None if command.labels == "stored" else command.pool
-    holds = holds_labels(distilled, kind, asked)
-    needs_teachers = kind not in ("hard", "learned") and (kind == "dynamic" or not holds)
-    teachers = _label_with(command, own, words, distilled, real, plan, run) if needs_teachers else []
-    if {teacher.hash for teacher in teachers} - {teacher.hash for teacher in distilled.manifest.teachers}:
-        run.notice("these teachers are not the ones that the set was made with: their weights differ")
-    if not holds:
-        distilled = attach_labels(distilled, kind, teachers, plan, run, pool=asked, train=command.student.train)
-    result = evaluate(distilled, real, command.student, command.seeds, plan, run, teachers=teachers)
-    by = [teacher.name for teacher in teachers or distilled.manifest.teachers]
-    protocol = name_protocol(command.student, real.image_size, [kind], by)
-    if command.out is not None:
-        results = {"evaluation": asdict(result), "protocol": protocol, "provenance": provenance(plan)}
-        write_json(command.out / "results.json", results)
-    return real.name, real.classes, result, protocol
 
 
 def inspect_command(words: list[str]) -> int:
@@ -597,107 +481,15 @@ def _recipe_under_protocol(recipe: Recipe, name: ProtocolName, given: Recipe) ->
     )
 
 
-def _under_protocol(command: EvaluateCommand, name: ProtocolName) -> EvaluateCommand:
-    """Return the command with the protocol's students and, where it prescribes them, its labels and teachers."""
-    protocol = PROTOCOLS[name]
-    labels = protocol.labels[0] if len(protocol.labels) == 1 else command.labels
-    networks = protocol.teachers or command.teachers.networks
-    teachers = dataclasses.replace(command.teachers, networks=networks)
-    student = protocol_student(name, command.data.image_size)
-    return dataclasses.replace(command, student=student, labels=labels, teachers=teachers)
-
-
-def _computed(settings: Settings, compute: ComputeConfig) -> Settings:
-    return dataclasses.replace(settings, compute=compute)
-
-
-def _carry_out(command: RecipeCommand | EvaluateCommand, work: Callable[[ComputeConfig, Run], Result]) -> Result:
-    """Return what `work` returns: done by this process, as one of several that share the directory, or on Ray."""
-    directory: Path | None
-    if isinstance(command, RecipeCommand):
-        directory, compute, teachers = command.directory, command.settings.compute, command.settings.teachers
-    else:
-        directory, compute, teachers = command.out, command.compute, command.teachers
-    limit = parse_duration(command.time_limit)
-    if command.engine != "local" and together.launched():
-        raise UsageError(f"torchrun's processes share each training, --engine {command.engine} the units: use one")
-    if command.engine == "ray":
-        if command.log is not None:
-            raise UsageError("--log sends what this process does, not Ray's workers: use --engine local or shared")
-        assert directory is not None  # or the command was refused
-        cache = cache_root(teachers.cache).resolve()
-        return spread(
-            work, directory, compute, cache,
-            address=command.ray_address, workers=command.workers, time_limit=limit,
-        )  # fmt: skip
-    if command.workers is not None or command.ray_address is not None:
-        raise UsageError("--workers and --ray-address are Ray's: give --engine ray too")
-    worker = name_worker() if command.engine == "shared" else None
-    with contextlib.ExitStack() as stack:
-        sink = None
-        if command.log is not None:
-            assert directory is not None  # or the command was refused
-            sink = stack.enter_context(open_sink(command.log, directory)).take
-        run = stack.enter_context(Run(directory, time_limit=limit, worker=worker, sink=sink))
-        stack.enter_context(run.stop_on_signals())
-        return work(compute, run)
-
-
-def _as_its_run(path: Path) -> EvaluateCommand:
-    """Return what `stillroom evaluate PATH` does unless told otherwise: data, students, teachers as the set's run had.
-
-    Where files lie is no part of a run's config.json: named datasets are looked for by name, others asked for. A set
-    outside its run knows the name of its dataset and the size of its images, and its teachers' names.
-    """
-    folder = find_set(path)
-    distilled, config = load_distilled(folder), folder.resolve().parent / "config.json"
-    manifest = distilled.manifest
-    facts, networks = manifest.dataset, tuple(teacher.name for teacher in manifest.teachers)
-    data = DataConfig(source=facts.name, image_size=manifest.image_size[0], resize=facts.resize)
-    default = EvaluateCommand(path, data, teachers=TeachersConfig(networks) if networks else TeachersConfig())
-    if folder.resolve().name == "distilled" and config.exists():
-        settings = read_sealed(config).get("settings", {})
-        stages = ("data", "student", "teachers", "pool")
-        had = {k: read_plain(settings[k], getattr(default, k), str(config), notify) for k in stages if k in settings}
-        default = dataclasses.replace(default, **had)
-    if (stored := manifest.pool) is not None:
-        student = dataclasses.replace(default.student, train=with_batches_of(default.student.train, distilled))
-        pool = PoolConfig(stored.epochs, stored.encoding, stored.seed)
-        default = dataclasses.replace(default, student=student, pool=pool)
-    return default
-
-
-def _label_with(
-    command: EvaluateCommand,
-    own: EvaluateCommand,
-    words: list[str],
-    distilled: DistilledSet,
-    real: RealData,
-    plan: Plan,
-    run: Run,
-) -> list[Teacher]:
-    """Return the teachers that label: those of the set by their weights, or others where settings name them.
-
-    `own` is the command as the set's run has it. Raises StillroomError where the set's own would have to be trained.
-    """
-    placed = dataclasses.replace(own.teachers, cache=command.teachers.cache, checkpoints=command.teachers.checkpoints)
-    known = all(teacher.hash for teacher in distilled.manifest.teachers)  # not of a set that others published
-    if known and command.teachers == placed and not any(word.startswith("--teachers.networks") for word in words):
-        hashes = {teacher.name: teacher.hash for teacher in distilled.manifest.teachers}
-        return load_teachers(real, command.teachers, plan, run, hashes)
-    if absent := untrained_teachers(real, command.teachers, plan):
-        differ = "; where their weights differ from those that the set was made with, so do the labels"
-        run.notice(
-            f"not in the cache, and trained before the students: {', '.join(absent)} ({command.teachers.train.epochs} "
-            f"epochs of {len(real.train):,} images; others by --teachers.networks)"
-            f"{differ if distilled.manifest.teachers else ''}"
-        )
-    return load_teachers(real, command.teachers, plan, run)
-
-
-def notify(message: str) -> None:
-    """Tell the user one thing where there is no run yet."""
-    print(f"stillroom: {message}", file=sys.stderr)
+def _carry_out(command: RecipeCommand, settings: Settings, work: Callable[[Settings, Run], Result]) -> Result:
+    """Return what `work` makes of the command's own settings, in its directory, on the engine that it names."""
+    return carry_out(
+        command,
+        command.directory,
+        settings.compute,
+        settings.teachers,
+        lambda compute, run: work(dataclasses.replace(settings, compute=compute), run),
+    )
 
 
 if __name__ == "__main__":

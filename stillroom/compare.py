@@ -384,10 +384,7 @@ def compare_cell(entry: Entry, saved: DistilledSet, labels: LabelKind, cells: li
             differences[name] = _paired(*([100 * v for v in one.top1] for one in (result, other)))
             reached[name] = [round(100 * other.mean, 3), round(100 * other.std, 3) if len(other.top1) > 1 else None]
     dynamic_bytes = result.label_bytes if labels == "dynamic" else 0
-    size = {}
-    if work.comparison.grid.budget == "bytes":
-        random = replace(entry.recipe, method="random", ipc=entry.budget_ipc)
-        size["byte_budget"] = raw_bytes(random, work.real, labels)
+    by_bytes = work.comparison.grid.budget == "bytes"
     by = entry.recipe.labelled_by or work.comparison.teachers.networks
     if entry.own_labels:
         by = tuple(teacher.name for teacher in saved.manifest.teachers)
@@ -410,11 +407,16 @@ def compare_cell(entry: Entry, saved: DistilledSet, labels: LabelKind, cells: li
         "protocol": name_protocol(work.student, work.real.image_size, [labels], by),
         "holds": describe_content(own.distilled),
         "bytes": describe_labelled(own.distilled, saved, dynamic_bytes),
-        **size,
+        **({"byte_budget": byte_budget(entry, labels, work)} if by_bytes else {}),
         "dynamic_label_bytes": dynamic_bytes,
         "seconds": {"train": round(statistics.mean(result.seconds), 1)},
         "paper": paper_number(entry, labels, work.student, work.real),
     }
+
+
+def byte_budget(entry: Entry, labels: LabelKind, work: Work) -> int:
+    """Return the bytes of the random images that a row's budget is counted in, with labels as the row's are."""
+    return raw_bytes(random_entry(entry, work.comparison.distill_seed).recipe, work.real, labels)
 
 
 def score_cell(labels: str, cells: list[Cell], work: Work) -> dict[str, float]:

@@ -91,11 +91,8 @@ def estimate_comparison(comparison: Comparison) -> tuple[list[Stage], list[str]]
         students = comparison.grid.students or (comparison.student.network,)
         networks = tuple(n for n in students if n not in comparison.teachers.networks or not needed)
         on_real = replace(comparison.teachers, networks=networks, source="train", checkpoints=())
-        found = (
-            _teacher_stages(replace(comparison, teachers=on_real, labelled_by=None), real, plan, notes)
-            if networks
-            else []
-        )
+        asked = replace(comparison, teachers=on_real, labelled_by=None)
+        found = _teacher_stages(asked, real, plan, notes) if networks else []
         stages += [replace(stage, name=stage.name.replace("teacher", "on all real images,")) for stage in found]
     known: set[Training] = set()
     made: set[str] = set()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 import numpy as np
@@ -29,8 +33,42 @@ from stillroom.train import TrainConfig
 
 torch.set_num_threads(1)
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
 TOY_CLASSES = 4
 TOY_SIZE = 8
+
+
+def load_example(name: str) -> ModuleType:
+    """One of the scripts in examples/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fenced(text: str, language: str) -> list[str]:
+    """The blocks of one language in a Markdown page."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def recipe_commands(text: str) -> list[str]:
+    """Lines of a page's shell blocks, continued ones joined, that begin a recipe."""
+    lines = [line for block in fenced(text, "sh") for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if re.search(r"stillroom (run|distill|squeeze) [a-z]", line)]
+
+
+def resolved(line: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The settings that a command of a page would run with; a file of settings that it names is made here."""
+    words = shlex.split(line.partition(">")[0], comments=True)
+    words = words[words.index("stillroom") + 1 :]
+    if "--config" in words:
+        Path(words[words.index("--config") + 1]).write_text("ipc: 10\n")
+    words = [word for word in words if word not in ("--dry-run", "--print-config")]
+    assert cli.main([*words, "--print-config"]) == 0
+    return capsys.readouterr().out
 
 
 def build_toy(train_per_class: int = 24, test_per_class: int = 10) -> RealData:

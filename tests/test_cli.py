@@ -23,7 +23,7 @@ import yaml
 from conftest import TOY_COLOURS, Finished, draw_toy_colours, write_toy_npz
 from PIL import Image
 
-from stillroom import cli, teachers
+from stillroom import cli, engines, teachers
 from stillroom.distilled import load_distilled
 from stillroom.labels import PoolConfig
 from stillroom.pipeline import run_recipe
@@ -453,7 +453,7 @@ def test_students_of_a_set_go_to_ray_s_workers_and_what_these_return_is_shown(
         with Run(directory, worker="ray-0") as run:
             return work(replace(compute, threads=1), run)
 
-    monkeypatch.setattr(cli, "spread", spread)
+    monkeypatch.setattr(engines, "spread", spread)
     words = ["evaluate", finished.directory, "--data.source", finished.recipe.data.source, "--seeds", 0]
     words += [*QUICK_STUDENT, *ON_CPU, "--teachers.cache", tmp_path / "cache", "--out", tmp_path / "out"]
     code, out, _ = tell(*words, "--engine", "ray", "--workers", 2, "--ray-address", "10.0.0.1:6379")
@@ -555,7 +555,7 @@ def test_evaluate_replays_a_stored_pool_without_teachers_and_makes_another_with_
     words = ["--data.source", recipe.data.source, "--seeds", 0, "--student.network", "toynet", *ON_CPU]
     words += ["--student.dynamic-epochs", 1]
     with monkeypatch.context() as patch:
-        patch.setattr("stillroom.cli.load_teachers", lambda *_: pytest.fail("teachers are not needed"))
+        patch.setattr("stillroom.evaluate_command.load_teachers", lambda *_: pytest.fail("teachers are not needed"))
         for folder in (tmp_path / "run", tmp_path / "alone"):  # alone, it says itself what batches it needs
             code, printed, _ = tell("evaluate", folder, *words, "--print-config")
             assert (code, yaml.safe_load(printed)["pool"]) == (0, stored)

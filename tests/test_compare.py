@@ -887,19 +887,24 @@ def test_ready_sets_without_controls_leave_no_folder_of_sets(toy_recipe: Recipe,
     assert not (tmp_path / "run/sets").exists()
 
 
+def stop_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let a comparison reach its time limit when it is the turn of the set of this name."""
+    compare_entry = compare.compare_entry
+
+    def stop(entry: grid.Entry, work: compare.Work) -> Any:
+        if entry.name == name:
+            raise TimeLimitReached("time limit")
+        return compare_entry(entry, work)
+
+    monkeypatch.setattr(compare, "compare_entry", stop)
+
+
 def test_finished_rows_stay_in_the_tables_while_a_grown_grid_is_under_way(
     toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = replace(toy_recipe, labels=("hard",), seeds=(0,))
     before = run_grid(recipe, tmp_path / "run", methods=("random", "infer"))["rows"]
-    entry_rows = compare.compare_entry
-
-    def stop(entry: grid.Entry, work: compare.Work) -> Any:
-        if entry.name == "random":
-            raise TimeLimitReached("time limit")
-        return entry_rows(entry, work)
-
-    monkeypatch.setattr(compare, "compare_entry", stop)
+    stop_at(monkeypatch, "random")
     with pytest.raises(TimeLimitReached):
         run_grid(recipe, tmp_path / "run", methods=("herding", "random", "infer"))
     herding, *others = json.loads((tmp_path / "run/comparison.json").read_text())["rows"]
@@ -1093,14 +1098,7 @@ def test_a_name_given_to_another_set_does_not_show_the_numbers_of_the_first(
 ) -> None:
     recipe = replace(toy_recipe, labels=("hard",), seeds=(0,))
     run_grid(recipe, tmp_path / "run", methods=("x=infer", "herding"))
-    make = compare.compare_entry
-
-    def stop(entry: grid.Entry, work: compare.Work) -> Any:
-        if entry.name == "x":
-            raise TimeLimitReached("time limit")
-        return make(entry, work)
-
-    monkeypatch.setattr(compare, "compare_entry", stop)
+    stop_at(monkeypatch, "x")
     with pytest.raises(TimeLimitReached):
         run_grid(recipe, tmp_path / "run", methods=("herding", "x=infer:distill_seed=1"))
     rows = json.loads((tmp_path / "run/comparison.json").read_text())["rows"]

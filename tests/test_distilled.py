@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from torch.utils.data import DataLoader
 
-from stillroom import artifact, cli, manifest
+from stillroom import artifact, cli, evaluate_command, manifest
 from stillroom.compute import Plan
 from stillroom.data import DataConfig, RealData, load_real
 from stillroom.distilled import (
@@ -883,7 +883,7 @@ def test_a_set_of_cropped_images_is_evaluated_on_cropped_images_without_being_to
     real, distilled = distill_photos(source, "crop", plan)
     distilled.save(tmp_path / "set")
     seen: list[RealData] = []
-    monkeypatch.setattr(cli, "load_real", lambda config: seen.append(load_real(config)) or seen[-1])
+    monkeypatch.setattr(evaluate_command, "load_real", lambda config: seen.append(load_real(config)) or seen[-1])
     words = ["evaluate", tmp_path / "set", "--data.source", source, "--seeds", 0, "--student.network", toynet]
     words += ["--student.train.epochs", 1, "--student.train.batch-size", 8, "--compute.device", "cpu"]
     assert cli.main([*map(str, words), "--compute.compile", "off"]) == 0

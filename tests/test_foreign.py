@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from conftest import Finished
+from conftest import Finished, load_example
 
 from stillroom.artifact import to_8_bits
 from stillroom.distilled import DistilledSet, load_distilled
 from stillroom.export import _class_order, export_set
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 theirs = pytest.mark.filterwarnings("ignore")  # libraries that import others warn of much
 
 
@@ -27,15 +24,6 @@ def made(finished: Finished) -> DistilledSet:
     assert distilled.compensators is not None
     assert distilled.soft_labels is not None
     return distilled
-
-
-def load_example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def views_of(distilled: DistilledSet, order: torch.Tensor) -> np.ndarray:

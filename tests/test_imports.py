@@ -45,7 +45,8 @@ LAYERS = (
     ("figures.results", "figures.students", "figures.compensators", "page"),
     ("figures", "report"),
     ("gallery",),
-    ("figure_command", "report_command", "watch"),
+    ("figure_command", "report_command", "watch", "engines"),
+    ("evaluate_command",),
     ("cli",),
     ("",),  # stillroom/__init__.py: imports nothing until it is asked
 )

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import fenced, recipe_commands, resolved
 
 import stillroom
-from stillroom import cli
 
 PACKAGE = Path(stillroom.__file__).parent
-README = Path(__file__).parents[1] / "README.md"
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def read_tree(text: str) -> set[str]:
@@ -37,7 +33,7 @@ def read_tree(text: str) -> set[str]:
 
 
 def test_the_file_tree_names_exactly_the_files_there_are() -> None:
-    (tree,) = (block for block in blocks("text") if block.startswith("stillroom/\n"))
+    (tree,) = (block for block in fenced(README, "text") if block.startswith("stillroom/\n"))
     named = read_tree(tree)
     there = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")}
     # A folder's own __init__.py is what the tree says of the folder.
@@ -50,32 +46,21 @@ def test_a_tree_is_read_with_its_folders() -> None:
     }  # fmt: skip
 
 
-def commands() -> list[str]:
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
-    return [line for line in lines if re.search(r"stillroom (run|distill|squeeze) [a-z]", line)]
-
-
 def test_the_readme_shows_commands() -> None:
-    assert len(commands()) >= 3
+    assert len(recipe_commands(README)) >= 3
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", recipe_commands(README))
 def test_every_command_of_the_readme_is_understood(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = shlex.split(line.partition(">")[0], comments=True)
-    words = words[words.index("stillroom") + 1 :]
-    if "--config" in words:
-        Path(words[words.index("--config") + 1]).write_text("ipc: 10\n")
-    words = [word for word in words if word not in ("--dry-run", "--print-config")]
-    assert cli.main([*words, "--print-config"]) == 0
-    assert "ipc: 10" in capsys.readouterr().out
+    assert "ipc: 10" in resolved(line, capsys)
 
 
 def test_the_example_is_the_one_in_the_package() -> None:
     """Six lines, the same in both places."""
-    (shown,) = (block for block in blocks("python") if "stillroom.distill(" in block)
+    (shown,) = (block for block in fenced(README, "python") if "stillroom.distill(" in block)
     statements = [line for line in shown.splitlines() if line.strip()]
     assert len(statements) == 6
     for line in statements:
@@ -89,21 +74,21 @@ def test_every_public_name_is_there_and_no_module_shares_it() -> None:
 
 
 def test_every_file_that_the_documents_and_comments_name_is_there() -> None:
-    root = README.parent
-    texts = [README, root / "docs" / "log.md", *(root / "stillroom").rglob("*.py"), *(root / "benchmarks").glob("*.py")]
+    texts = [ROOT / "README.md", ROOT / "docs" / "log.md"]
+    texts += [*(ROOT / "stillroom").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     named = {
         (text.name, found)
         for text in texts
         for found in re.findall(r"\b(?:docs|benchmarks|tests)/[\w./-]+\.(?:json|md|py)\b", text.read_text())
     }
     assert len(named) > 10
-    assert [(text, path) for text, path in sorted(named) if not (root / path).exists()] == []
+    assert [(text, path) for text, path in sorted(named) if not (ROOT / path).exists()] == []
 
 
 @pytest.mark.slow
 def test_every_python_block_runs_as_shown(tmp_path: Path) -> None:
     shown = ""
-    for block in blocks("python"):
+    for block in fenced(README, "python"):
         (tmp_path / "example.py").write_text(block)
         done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

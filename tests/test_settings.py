@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillroom.cli import NO_SETTINGS, EvaluateCommand
 from stillroom.errors import StillroomError
+from stillroom.evaluate_command import NO_SETTINGS, EvaluateCommand
 from stillroom.methods import METHODS, MethodName
 from stillroom.methods.infer import InferConfig
 from stillroom.recipes import Recipe, find_recipe

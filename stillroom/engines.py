@@ -1,0 +1,73 @@
+"""Who carries out a command: this process, it and others that share the run directory, or workers on Ray."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
+
+from stillroom import together
+from stillroom.cluster import spread
+from stillroom.compute import ComputeConfig
+from stillroom.errors import UsageError
+from stillroom.run import Run
+from stillroom.settings import parse_duration
+from stillroom.sinks import SinkName, open_sink
+from stillroom.teachers import TeachersConfig, cache_root
+from stillroom.workers import name_worker
+
+EngineName = Literal["local", "shared", "ray"]
+Result = TypeVar("Result")
+
+
+class Engaged(Protocol):
+    """A command that says who is to do its work, and for how long."""
+
+    @property
+    def time_limit(self) -> str | None: ...
+    @property
+    def engine(self) -> EngineName: ...
+    @property
+    def workers(self) -> int | None: ...
+    @property
+    def ray_address(self) -> str | None: ...
+    @property
+    def log(self) -> SinkName | None: ...
+
+
+def carry_out(
+    command: Engaged,
+    directory: Path | None,
+    compute: ComputeConfig,
+    teachers: TeachersConfig,
+    work: Callable[[ComputeConfig, Run], Result],
+) -> Result:
+    """Return what `work` returns, done in `directory` (None: nothing is kept) by whom the command names.
+
+    Only --engine local without --log can do without a directory; the command's words have been looked at before.
+    Raises UsageError for engines that exclude each other.
+    """
+    limit = parse_duration(command.time_limit)
+    if command.engine != "local" and together.launched():
+        raise UsageError(f"torchrun's processes share each training, --engine {command.engine} the units: use one")
+    if command.engine == "ray":
+        if command.log is not None:
+            raise UsageError("--log sends what this process does, not Ray's workers: use --engine local or shared")
+        assert directory is not None
+        cache = cache_root(teachers.cache).resolve()
+        return spread(
+            work, directory, compute, cache,
+            address=command.ray_address, workers=command.workers, time_limit=limit,
+        )  # fmt: skip
+    if command.workers is not None or command.ray_address is not None:
+        raise UsageError("--workers and --ray-address are Ray's: give --engine ray too")
+    worker = name_worker() if command.engine == "shared" else None
+    with contextlib.ExitStack() as stack:
+        sink = None
+        if command.log is not None:
+            assert directory is not None
+            sink = stack.enter_context(open_sink(command.log, directory)).take
+        run = stack.enter_context(Run(directory, time_limit=limit, worker=worker, sink=sink))
+        stack.enter_context(run.stop_on_signals())
+        return work(compute, run)
