@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -174,6 +175,8 @@ def _licence_id(licence: str) -> str:
     """The Hub's identifier for a licence in words."""
     if licence.startswith(NOT_STATED):
         return "unknown"
+    if re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):  # as the Hub's identifiers are
+        return licence
     return "cc-by-4.0" if licence.startswith("CC BY 4.0") else "other"
 
 

@@ -30,7 +30,17 @@ from stillroom.data import FACTS, RealData
 from stillroom.distilled import DistilledSet, count_bytes, load_distilled
 from stillroom.errors import DamagedFileError, StillroomError
 from stillroom.files import read_json, write_atomic, write_json
-from stillroom.grid import OWN_LABELS, Comparison, Entry, check_grid, random_entry, raw_bytes, set_name, slug
+from stillroom.grid import (
+    OWN_LABELS,
+    Comparison,
+    Entry,
+    check_grid,
+    doubt_grid,
+    random_entry,
+    raw_bytes,
+    set_name,
+    slug,
+)
 from stillroom.manifest import LabelKind, read_manifest
 from stillroom.markup import to_csv
 from stillroom.methods import METHODS
@@ -45,6 +55,7 @@ from stillroom.pipeline import (
     labellers,
     open_stages,
     provenance,
+    tell_doubts,
 )
 from stillroom.protocols import name_protocol
 from stillroom.recipes import EXPECTED, RECIPES, Recipe
@@ -122,6 +133,7 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
     real, plan = open_stages(
         comparison, run, lambda real: entries.extend(check_grid(comparison, real)), shared_settings, tuple(METHODS)
     )
+    tell_doubts(doubt_grid(entries, real), run)
     made_by = provenance(plan)
     note_own_labels(entries, run)
     needed = any(entry.needs_teachers for entry in entries)

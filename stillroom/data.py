@@ -70,6 +70,9 @@ class DataConfig:
     """Whether a mirrored image keeps its class, so that training may flip. auto: yes, except for digits."""
     memory_limit_gib: float = 4.0
     """A split that needs more than this as uint8 pixels is decoded batch by batch; 0 decodes everything so."""
+    licence: str | None = None
+    """What the owner of these images allows: an identifier such as cc-by-4.0, or words. It stands in the set's manifest
+    and card. None: what is known of a named dataset."""
 
     def __post_init__(self) -> None:
         check_choices(self, "--data")
@@ -301,7 +304,7 @@ def _load(config: DataConfig) -> RealData:
         raw_bytes=len(train) * channels * as_stored,
         stored_bytes=source.train.images.stored_bytes(train_rows),
         resize=config.resize,
-        licence=facts.licence if facts else NOT_STATED,
+        licence=config.licence or (facts.licence if facts else NOT_STATED),
     )
 
 

@@ -20,7 +20,7 @@ from stillroom.artifact import can_hold, encode_picture
 from stillroom.compute import Plan, peak_memory, resident_memory, resolve_plan
 from stillroom.data import RealData, load_real
 from stillroom.distilled import choose_encoding, load_distilled
-from stillroom.grid import Comparison, Entry, check_grid, random_entry, set_name
+from stillroom.grid import Comparison, Entry, check_grid, doubt_grid, random_entry, set_name
 from stillroom.labels import count_label_bytes, dynamic_label_bytes
 from stillroom.methods import METHODS, gvbsm
 from stillroom.methods.infer import makers_of, slot_count
@@ -106,6 +106,7 @@ def estimate_comparison(comparison: Comparison) -> tuple[list[Stage], list[str]]
             own += [replace(stage, name=f"{stage.name}, {network}") for stage in found]
         name = set_name(entry) if entry.folder is None else entry.name
         stages += [replace(stage, name=f"{name}: {stage.name.strip()}") for stage in own]
+    notes += doubt_grid(entries, real)
     if comparison.grid.scores:
         notes.append("the trainings that scores are made of are not counted")
     return stages, notes

@@ -22,7 +22,7 @@ from stillroom.labels import PoolConfig, count_label_bytes
 from stillroom.manifest import LabelKind
 from stillroom.methods import METHODS
 from stillroom.networks import build_network
-from stillroom.pipeline import check_recipe, learns_labels
+from stillroom.pipeline import check_recipe, doubt_budget, learns_labels
 from stillroom.recipes import Recipe
 from stillroom.replay import with_batches_of
 from stillroom.settings import read_plain
@@ -332,6 +332,18 @@ def random_entry(entry: Entry, usual_seed: int) -> Entry:
     recipe = replace(entry.recipe, method="random", ipc=entry.budget_ipc)  # of equal bytes, where those count
     text = "random" if recipe.distill_seed == usual_seed else f"random:distill_seed={recipe.distill_seed}"
     return Entry(text, text, entry.budget_ipc, recipe)
+
+
+def doubt_grid(entries: Sequence[Entry], real: RealData) -> list[str]:
+    """Return why budgets of the grid may not be worth their work, a sentence each, with the sets that it is said of.
+
+    As `doubt_budget`; sets that are there already are not doubted, nor what is said of all sets said again for each.
+    """
+    doubted: dict[str, list[str]] = {}
+    for entry in entries:
+        for doubt in doubt_budget(entry.recipe, real) if entry.folder is None else []:
+            doubted.setdefault(doubt, []).append(f"{entry.name} at ipc {entry.budget_ipc}")
+    return [f"{', '.join(dict.fromkeys(names))}: {doubt}" for doubt, names in doubted.items()]
 
 
 def set_name(entry: Entry) -> str:

@@ -12,7 +12,7 @@ import functools
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -106,7 +106,7 @@ def bound_settings(settings: dict[str, Any], real: RealData) -> dict[str, Any]:
     unbound |= set() if "replayed" in settings["labels"] else {"pool"}
     settings = {k: v for k, v in settings.items() if k not in unbound}
     places = {
-        "data": ("source", "root", "download", "memory_limit_gib"),
+        "data": ("source", "root", "download", "memory_limit_gib", "licence"),
         "teachers": ("cache", "checkpoints"),
     }
     for stage, where in places.items():
@@ -204,7 +204,7 @@ def doubt_budget(recipe: Recipe, real: RealData, last: Literal["set", "students"
     return doubts
 
 
-def _tell_doubts(doubts: list[str], run: Run) -> None:
+def tell_doubts(doubts: Sequence[str], run: Run) -> None:
     """Tell them once: who goes on with a run has read them."""
     if run.directory is None or not any((run.directory / "units").iterdir()):
         for doubt in doubts:
@@ -302,7 +302,7 @@ def squeeze_recipe(recipe: Recipe, run: Run) -> dict[str, Any]:
 def make_recipe_set(recipe: Recipe, run: Run) -> None:
     """Make the recipe's distilled set in `run`, and no students."""
     real, plan = open_stages(replace(recipe, controls=False), run)
-    _tell_doubts(doubt_budget(recipe, real, "set"), run)
+    tell_doubts(doubt_budget(recipe, real, "set"), run)
     teachers = load_teachers(real, recipe.teachers, plan, run) if recipe.needs_teachers else []
     distill_recipe(recipe, run, real, teachers, plan)
 
@@ -310,7 +310,7 @@ def make_recipe_set(recipe: Recipe, run: Run) -> None:
 def run_recipe(recipe: Recipe, run: Run, name: str = "custom") -> dict[str, Any]:
     """Carry out `recipe` in `run` and return its results, which are also written to results.json."""
     real, plan = open_stages(recipe, run)
-    _tell_doubts(doubt_budget(recipe, real), run)
+    tell_doubts(doubt_budget(recipe, real), run)
     made_by = provenance(plan)  # now: the source may change while the run goes on
     teachers = load_teachers(real, recipe.teachers, plan, run) if recipe.needs_teachers else []
     distilled = distill_recipe(recipe, run, real, teachers, plan)

@@ -26,6 +26,9 @@ from stillroom.distilled import find_set, load_distilled, verify_distilled
 from stillroom.errors import StillroomError
 from stillroom.files import read_json
 from stillroom.manifest import encode_manifest, read_manifest
+from stillroom.pipeline import make_recipe_set
+from stillroom.recipes import Recipe
+from stillroom.run import Run
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="the Hub's library is not installed")
 
@@ -399,3 +402,15 @@ def test_digits_and_imagenet_say_what_binds_them() -> None:
     assert "non-commercial" in FACTS["imagenet"].licence
     assert "non-commercial" in FACTS["tiny-imagenet"].licence
     assert stillroom.load_real("digits").licence == FACTS["digits"].licence
+
+
+@pytest.mark.parametrize(("said", "known"), [("cc-by-nc-4.0", "cc-by-nc-4.0"), ("ours, ask us first", "other")])
+def test_the_card_states_the_licence_that_the_owner_of_the_images_says(
+    toy_recipe: Recipe, tmp_path: Path, said: str, known: str
+) -> None:
+    recipe = replace(toy_recipe, method="random", data=replace(toy_recipe.data, licence=said))
+    with Run(tmp_path / "run") as run:
+        make_recipe_set(recipe, run)
+    card = (tmp_path / "run/distilled/README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["license"] == known
+    assert said in card

@@ -18,11 +18,13 @@ from conftest import Finished, build_toy_recipe, build_toy_teacher, draw_toy_col
 
 from stillroom import files, pipeline, students, teachers
 from stillroom import run as run_module
+from stillroom.compare import compare
 from stillroom.compute import Plan, resolve_plan
 from stillroom.data import FACTS, DataConfig, RealData, load_real
 from stillroom.distilled import DistilledSet, load_distilled, verify_distilled
 from stillroom.errors import StillroomError, TimeLimitReached
-from stillroom.estimate import estimate_recipe
+from stillroom.estimate import estimate_comparison, estimate_recipe
+from stillroom.grid import Grid, comparison_of
 from stillroom.manifest import read_manifest
 from stillroom.methods import METHODS, infer
 from stillroom.methods.rded import RdedConfig
@@ -479,6 +481,23 @@ def test_a_budget_that_may_not_be_worth_it_is_doubted_when_the_run_begins_and_in
         assert any(note.startswith(doubt) for note in notes)
         assert said.count(doubt) == 1
     assert "not much smaller" not in said
+
+
+def test_a_comparison_doubts_what_its_sets_share_once(
+    toy_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = Grid(methods=("random", "infer"), ipc=(2, 3))
+    asked = comparison_of(replace(toy_recipe, labels=("static",), seeds=(0,), controls=False), grid)
+    _, notes = estimate_comparison(asked)
+    with Run(tmp_path / "run") as run:
+        compare(asked, run)
+    said = capsys.readouterr().err
+    for doubt in (
+        "infer at ipc 2: the budget is small: ipc 2 keeps 1",
+        "random at ipc 2, infer at ipc 2: the training",
+    ):
+        assert sum(note.startswith(doubt) for note in notes) == 1
+        assert said.count(doubt) == 1
 
 
 def test_only_what_a_budget_lacks_is_doubted(toy_recipe: Recipe) -> None:
