@@ -140,6 +140,7 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
     teachers = load_teachers(real, comparison.teachers, plan, run) if needed else []
     references = measure_references(comparison, real, teachers, plan, run)
     work = Work(comparison, real, teachers, plan, run, references, comparison.student, comparison)
+    run.event("planned", rows=sum(len(rows_of(entry, work)) for entry in entries))
     results: dict[str, Any] = {
         "recipe": name,
         "dataset": {"name": real.name, "classes": real.classes, "train": len(real.train), "test": len(real.test)},

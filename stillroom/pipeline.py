@@ -315,6 +315,7 @@ def run_recipe(recipe: Recipe, run: Run, name: str = "custom") -> dict[str, Any]
     teachers = load_teachers(real, recipe.teachers, plan, run) if recipe.needs_teachers else []
     distilled = distill_recipe(recipe, run, real, teachers, plan)
     cells = build_cells(recipe, distilled, real, teachers, plan, run)
+    run.event("planned", students=len(cells) * len(recipe.seeds))
 
     def train(cell: Cell) -> Evaluation:
         return evaluate(

@@ -135,13 +135,19 @@ def read_progress(directory: Path, events: Sequence[dict[str, Any]]) -> Progress
         parts = sum(count for kind, count in done.items() if kind.partition(".")[0] not in _LATER)
         whole = (directory / "distilled" / "manifest.json").exists()
         stages.append(("distilled set", "done" if whole else f"{parts} units" if parts else "not begun"))
-    stages += [("labels", f"{done['labels']} units"), ("students", f"{done['student']} trained")]
+    at = max((number for number, event in enumerate(events) if event["event"] == "planned"), default=len(events))
+    planned: dict[str, Any] = dict(*events[at : at + 1])
+    students = f" of {planned['students']}" if planned.get("students") else ""
+    stages += [("labels", f"{done['labels']} units"), ("students", f"{done['student']} trained{students}")]
+    rows = {row[0]: row for event in events if event["event"] in ("cell", "row") and (row := _spell_row(event))}
+    if planned.get("rows"):  # every one is told again, once it is read back
+        made = {row[0] for event in events[at:] if event["event"] == "row" and (row := _spell_row(event))}
+        stages.append(("rows", f"{len(made)} of {planned['rows']}"))
     finished = {event.get("unit") for event in events if event["event"] == "unit_finished"}
     now = [f"{name}: {said}" for name, said in reports.items()]
     last: dict[str, Any] = next((event for event in reversed(events) if event["event"] == "epoch"), {})
     if running and not reports and str(last.get("unit")).startswith("student") and last["unit"] not in finished:
         now.append(f"{last['unit']}: epoch {last.get('epoch')}, loss {last.get('loss')}")
-    rows = {row[0]: row for event in events if event["event"] in ("cell", "row") and (row := _spell_row(event))}
     messages = [said for event in events if event["event"] not in ("cell", "row") and (said := spell_event(event))]
     return Progress(
         state, running, tuple(stages), tuple(map(_clean, now)), tuple(rows.values()), tuple(messages[-LAST:])

@@ -43,11 +43,24 @@ def test_a_finished_run_shows_its_stages_and_every_result(run: Path, capsys: pyt
     assert said.startswith(f"{run}: ended, results.json is there\n")
     assert "teachers: 1 of 1: toynet " in said
     assert "distilled set: done" in said
-    assert f"students: {len(list(run.glob('units/student-*')))} trained" in said
+    students = len(list(run.glob("units/student-*")))
+    assert f"students: {students} trained of {students}\n" in said
     for cell in json.loads((run / "results.json").read_text())["cells"]:
         spelt = f"{cell['set']}, {cell['labels']}, {cell['budget']}: {cell['mean']:.1f} ± {cell['std']:.1f} %"
         assert spelt in said
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_rows_of_a_comparison_are_counted_among_those_that_it_is_to_have(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"method": "infer", "labels": "hard", "student": "net", "mean": 1.0, "std": None, "top1": [1.0]}
+    say(run, "row", ipc=1, **row)  # of a table before
+    say(run, "planned", rows=3)
+    assert "rows: 0 of 3" in look(run, capsys)
+    for ipc in (2, 2, 3):
+        say(run, "row", ipc=ipc, **row)
+    assert "rows: 2 of 3" in look(run, capsys)
 
 
 def test_a_run_is_running_while_its_process_lives(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
