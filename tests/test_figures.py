@@ -186,3 +186,20 @@ def test_matplotlib_is_imported_where_a_figure_is_drawn_and_not_before() -> None
             )
             assert not any(str(name).split(".")[0] == "matplotlib" for name in names), file
     assert len(files) > 70
+
+
+def test_dollars_are_no_mathematics_and_powers_are_plain(coarse: None) -> None:
+    told = "cost $5 to $10, $\\frac$"
+    arrays = gallery.results.Gain(told, 1, [told], [50.0], [1.5], [0.1], [-2.0], [0.1])  # type: ignore[arg-type]
+    for name, shown in (("gain", arrays), ("divergence", DIVERGENCE)):
+        figure = FIGURES[name].draw(shown)
+        figure.canvas.draw()
+        texts = [text for text in figure.findobj(lambda artist: hasattr(artist, "get_parse_math")) if text.get_text()]
+        mathematics = [t.get_text() for t in texts if t.get_parse_math() and "$" in t.get_text()]
+        assert (mathematics, any("$\\mathdefault" in text.get_text() for text in texts)) == ([], False)
+        assert any(told in " ".join(text.get_text().split()) for text in texts)
+
+
+DIVERGENCE = gallery.divergence.LabelDivergence(
+    "cost $5 to $10, $\\frac$", 8, ["infer"], [1.0], [[0.1]], np.arange(101), np.logspace(-6, 0, 101).reshape(1, 1, 101)
+)  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from stillroom.figures.style import (
     new_figure,
     of_steps,
     panels,
+    plain_ticks,
     styled,
 )
 
@@ -286,8 +287,9 @@ def draw_divergence(arrays: LabelDivergence) -> Figure:
                 label=name if column == 0 else None,
             )  # fmt: skip
         axes.set_xscale("log")
-        shown = arrays.divergence[:, column][:, arrays.percent >= 1]  # the least of all would stretch the axis
-        axes.set_xlim(max(shown.min() / 2, 1e-9), 2 * shown.max())
+        shown = np.maximum(arrays.divergence[:, column][:, arrays.percent >= 1], 1e-9)  # less would stretch the axis
+        plain_ticks(axes.xaxis, shown)
+        axes.set_xlim(shown.min() / 2, 2 * shown.max())
         axes.set_title(f"temperature {arrays.temperature[column]:g}")
         axes.set_xlabel("divergence at most, nats")
         axes.grid(True)

@@ -62,6 +62,7 @@ def styled(draw: Callable[[Shown], Figure]) -> Draw[Shown]:
             "font.family": ["DejaVu Sans", *(name for name in OTHER_SCRIPTS if name in installed)],
             **dict.fromkeys(inked, ink),
             **dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), paper),
+            "text.parse_math": False,  # class names and folders are whatever people call theirs: "cost $5 to $10"
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.titlesize": 10,
