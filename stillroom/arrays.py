@@ -137,16 +137,16 @@ class Tradeoff(Arrays):
     """Accuracy against compression (Figure 1): top-1 in %, ratio in % of the bytes of the real training set's pixels.
 
     A point is a method, a kind of label and a budget. ratio: of images, compensators and labels, dynamic ones as if
-    they were stored; deviation: of students' seeds, nan for one seed.
+    they were stored; deviation: of students' `seeds`, as many as there are, nan for one.
     """
 
     dataset: str
     student: str
-    seeds: int
     method: Annotated[np.ndarray, str, "point"]
     labels: Annotated[np.ndarray, str, "point"]
     ipc: Annotated[np.ndarray, int, "point"]
     steps: Annotated[np.ndarray, int, "point"]
+    seeds: Annotated[np.ndarray, int, "point"]
     ratio: Annotated[np.ndarray, float, "point"]
     top1: Annotated[np.ndarray, float, "point"]
     deviation: Annotated[np.ndarray, float, "point"]
@@ -156,13 +156,13 @@ class Tradeoff(Arrays):
 class Gain(Arrays):
     """What compensators add to the naturals alone (Figure 4, right), in points of top-1, paired by seed.
 
-    A setting is a kind of label, a budget and a student; at equal epochs and at equal optimiser steps. accuracy: of the
-    whole set, in %; deviations are nan for one seed.
+    A setting is a kind of label and a budget, of a method, student and run where there are several; at equal epochs and
+    at equal optimiser steps. accuracy: of the whole set, in %; deviations are nan for one seed.
     """
 
     dataset: str
-    seeds: int
     setting: Annotated[np.ndarray, str, "setting"]
+    seeds: Annotated[np.ndarray, int, "setting"]
     accuracy: Annotated[np.ndarray, float, "setting"]
     at_epochs: Annotated[np.ndarray, float, "setting"]
     at_epochs_deviation: Annotated[np.ndarray, float, "setting"]

@@ -145,8 +145,10 @@ def bars_of(deviation: np.ndarray) -> np.ndarray | None:
 
 
 def of_steps(name: str, steps: int) -> str:
-    """Return a set's name with its student's steps; a teacher's are not told."""
-    return f"{name} ({steps:,} steps)" if steps else f"{name} (as teachers are)"
+    """Return a set's name with its student's steps; 0: a teacher's, of files that do not tell them."""
+    if name == "real":
+        return f"real images ({steps:,} steps, as teachers take)" if steps else "real images (as teachers are)"
+    return f"{name} ({steps:,} steps)"
 
 
 def listed(parts: Iterable[str]) -> str:
