@@ -46,6 +46,7 @@ from stillroom.methods import METHODS, Method, select
 from stillroom.networks import NETWORKS
 from stillroom.recipes import EXPECTED, RECIPES, Recipe, find_recipe, smoke
 from stillroom.run import Run
+from stillroom.study import Study, StudyConfig
 
 INFER = ("", ":naturals_as_views=false", ":compensator_bits=8", ":compensators=false", ":teachers=[toynet]")
 

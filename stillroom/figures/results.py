@@ -83,8 +83,8 @@ def draw_gain(arrays: Gain) -> Figure:
     """Figure 4, right: what compensators add, a pair of bars per setting."""
     caption = (
         "Top-1 of the whole set minus top-1 of its naturals alone with the same labels, paired by seed, "
-        f"{_spread(arrays.seeds)}. A set with M compensators has M + 1 views of a natural: at equal epochs its students "
-        "take M + 1 times the steps."
+        f"{_spread(arrays.seeds)}. A set with M compensators has M + 1 views of a natural: at equal epochs its "
+        "students take M + 1 times the steps."
     )
     height = 1.8 + 0.65 * len(arrays.setting)
     figure = new_figure(f"What compensators add to their naturals, {arrays.dataset}", caption, 7, height)
