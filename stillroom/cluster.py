@@ -88,7 +88,7 @@ def spread(
 def place(
     compute: ComputeConfig, stored: Mapping[str, Any], nodes: Sequence[Mapping[str, float]], workers: int | None
 ) -> tuple[ComputeConfig, Placement]:
-    """Return the settings with the threads that each worker has, and what Ray is asked for.
+    """Return the settings with the threads that each worker has and how many share a node, and what Ray is asked for.
 
     stored: the plan of a run that was begun, whose threads and kind of device stay. nodes: the resources of each, by
     Ray's names. A worker has a GPU of its own and its share of the node's cores, or else the cores of its threads.
@@ -118,7 +118,9 @@ def place(
             "--compute.threads, with a new --out"
         )
     placement = Placement(room if workers is None else workers, threads, gpus)
-    return replace(compute, threads=threads, device=device), placement
+    most = int(max(node["CPU"] for node in able) // threads)  # on one node
+    settled = replace(compute, threads=threads, device=device, workers_per_machine=max(1, min(most, placement.workers)))
+    return settled, placement
 
 
 def _work(

@@ -41,6 +41,14 @@ COMPILE_FROM_STEPS = {"recovery": 300, "training": 5000}
 ACTIVATION_BYTES = ((64, 24_000), (math.inf, 6_000))
 MEMORY_SHARE = 0.6  # of what is free, that activations may take
 
+PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+# Of a memory controller, by its name in /proc/self/cgroup ("": version 2): its folder in GROUPS, the files of a group's
+# limit and use, and what memory.stat calls the use that the kernel gives up before it refuses more: cached files.
+GROUP_FILES = {
+    "": (".", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -76,6 +84,7 @@ class ComputeConfig:
     threads: int | None = None  # CPU threads; None: $OMP_NUM_THREADS, or else all cores that this process may use
     pack_slots: int | None = None  # slots of one teacher optimised in one step; None: chosen for device and images
     chunk_images: int | None = None  # of a slot that pass together; 0: all; None: chosen by free memory
+    workers_per_machine: int = 1  # that share its memory, where chunks are chosen by that; --engine ray finds it out
 
     def __post_init__(self) -> None:
         check_choices(self, "compute")
@@ -87,6 +96,8 @@ class ComputeConfig:
             raise StillroomError(
                 f"compute.chunk_images is {self.chunk_images}; give 1 or more, 0 for whole slots, or leave it out"
             )
+        if self.workers_per_machine < 1:
+            raise StillroomError(f"compute.workers_per_machine is {self.workers_per_machine}; give 1 or more")
 
 
 class Float32Conv2d(nn.Conv2d):
@@ -212,7 +223,10 @@ def resolve_plan(
     pack_slots = config.pack_slots or (_pack_for_gpu(slot_images * image_size**2) if kind == "cuda" else 1)
     chunk_images = config.chunk_images
     if chunk_images is None:
-        chunk_images = _chunk_for_memory(_free_memory(device), slot_images, image_size, pack_slots)
+        free = _free_memory(device)
+        if free is not None and kind != "cuda":  # a card is one worker's own
+            free //= config.workers_per_machine
+        chunk_images = _chunk_for_memory(free, slot_images, image_size, pack_slots)
     return Plan(
         device=device,
         precision=precision,
@@ -247,17 +261,33 @@ def _free_memory(device: str) -> int | None:
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (PROC / "meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
-    try:  # a container may be allowed less than the machine has
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass
+    return max(0, min([free, *_free_in_groups()]))
+
+
+def _free_in_groups() -> list[int]:
+    """Return what each control group of this process leaves free: a container, or a job of SLURM's within its user's,
+    may be allowed less than the machine has. Below 0 where a limit was lowered since."""
+    free = []
+    try:
+        lines = (PROC / "self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        name = "memory" if "memory" in controllers.split(",") else controllers
+        if name not in GROUP_FILES:
+            continue
+        mount, limit, used, cached = GROUP_FILES[name]
+        group = Path(path.lstrip("/"))
+        for folder in (GROUPS / mount / part for part in (group, *group.parents)):  # each within the next
+            with suppress(OSError, ValueError):  # a group that is not seen from within a container; "max" for no limit
+                most, taken = (int((folder / file).read_text()) for file in (limit, used))
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                free.append(most - taken + int(stat.get(cached, 0)))
     return free
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from stillroom.compute import Plan, peak_memory, resident_memory, resolve_plan
 from stillroom.data import RealData, load_real
 from stillroom.distilled import choose_encoding, load_distilled
 from stillroom.grid import Comparison, Entry, check_grid, doubt_grid, random_entry, set_name
-from stillroom.labels import count_label_bytes, dynamic_label_bytes
+from stillroom.labels import LABEL_BATCH, count_label_bytes, dynamic_label_bytes
 from stillroom.methods import METHODS, gvbsm
 from stillroom.methods.infer import makers_of, slot_count
 from stillroom.methods.pixels import class_blocks, pack_blocks, slot_blocks
@@ -32,9 +32,11 @@ from stillroom.pipeline import check_recipe, doubt_budget
 from stillroom.recipes import Recipe
 from stillroom.students import soft_label_loss
 from stillroom.teachers import cache_entry
+from stillroom.train import fit_batch
 
 TIMED_STEPS = 3
 FRAGMENTED = 1.6  # memory that a run takes of a step's peak, since blocks freed by other stages do not all fit again
+TAKEN = ("infer", "random", "herding", "k_center")  # real images, held as their files where many; others are pixels
 IF_STORED = "  its labels, if stored"  # a remark: no memory is taken
 TIMED_IMAGES = 16  # that are encoded to learn what a file takes
 TIMED_SCORES = 64  # images of a pass that is timed in place of SCORING_BATCH
@@ -49,6 +51,7 @@ class Stage:
     seconds: float
     memory: int
     kept: int
+    held: bool = False  # whether its memory stays taken: not what a step takes, but weights, images or labels
 
 
 Training = tuple[str, str, int, str]  # set, kind of label, steps and network: what is trained once however often named
@@ -71,8 +74,9 @@ def estimate_recipe(recipe: Recipe, last: str = "students") -> tuple[list[Stage]
     if last == "students":
         stages += _student_stages(recipe, real, plan, set())
     if plan.device == "cpu" and begun_with:
-        held = begun_with + sum(stage.memory for stage in stages if not (stage.seconds or stage.name == IF_STORED))
-        most = held + FRAGMENTED * max((stage.memory for stage in stages if stage.seconds), default=0)
+        held = begun_with + sum(stage.memory for stage in stages if stage.held)
+        passing = (stage.memory for stage in stages if not (stage.held or stage.name == IF_STORED))
+        most = held + FRAGMENTED * max(passing, default=0)
         notes.append(f"memory: {most / 2**30:.1f} GiB at most, {begun_with / 2**30:.1f} of them libraries and data")
     return stages, notes
 
@@ -138,10 +142,11 @@ def _teacher_stages(recipe: Recipe, real: RealData, plan: Plan, notes: list[str]
         model = build_network(name, real.classes, real.image_size)
         weights = sum(value.nbytes for value in model.state_dict().values())
         if name in given or recipe.teachers.source != "train":
-            stages.append(Stage(f"teacher {name}", "loaded", 0.0, weights, 0))
+            seconds = _time_views([name], len(real.test), real, plan)
+            stages.append(Stage(f"teacher {name}", "loaded, measured", seconds, weights, 0, held=True))
         elif (cache_entry(name, real, recipe.teachers, plan) / "teacher.json").exists():
             notes.append(f"teacher {name} is in the cache")
-            stages.append(Stage(f"teacher {name}", "cached", 0.0, weights, 0))
+            stages.append(Stage(f"teacher {name}", "cached", 0.0, weights, 0, held=True))
         else:
             seconds, memory = _time_training(model, batch, real, plan)
             stages.append(Stage(f"teacher {name}", f"{steps:,} steps of {batch}", seconds * steps, memory, weights))
@@ -160,24 +165,29 @@ def _distill_stages(recipe: Recipe, real: RealData, plan: Plan) -> list[Stage]:
     elif recipe.method != "random":
         stages = [Stage(recipe.method, "not timed, not counted", 0.0, 0, 0)]
     kept = content.images * pixels * content.image_bits // 8
-    if not can_hold(kept) and content.image_bits == 8:  # as their files
+    if recipe.method in TAKEN and not can_hold(kept):  # as their files
         encoding = choose_encoding(recipe.image_encoding, real.image_size)
         rows = torch.linspace(0, len(real.train) - 1, TIMED_IMAGES).long()
         files = [encode_picture(image, encoding) for image in real.train.batch(rows).cpu()]
         kept = content.images * sum(map(len, files)) // len(files)
     of_control = recipe.controls and recipe.method != "random"
-    stages.append(Stage("images", f"{content.images:,} images", 0.0, kept * (1 + of_control), kept))
-    train = recipe.student.train
-    for kind in ("static", "learned"):
-        if content.learned_labels if kind == "learned" else kind in recipe.labels:
-            kept = count_label_bytes(kind, content.views, real.classes, recipe.pool, train.batch_size)
-            stages.append(Stage(f"{kind} labels", f"{content.views:,} views", 0.0, kept, kept))
-    if "replayed" in recipe.labels:
-        batch = min(train.batch_size, content.views)
-        steps = recipe.pool.epochs * (content.views // batch)
-        kept = count_label_bytes("replayed", content.views, real.classes, recipe.pool, train.batch_size)
-        seconds = steps * _time_labels(recipe, batch, real, plan)
-        stages.append(Stage("replayed labels", f"{steps:,} batches of {batch}", seconds, 0, kept))
+    stages.append(Stage("images", f"{content.images:,} images", 0.0, kept * (1 + of_control), kept, held=True))
+    train, exact = recipe.student.train, replace(plan, precision="float32")  # as labels that are stored are made
+    labelled = [content.views]  # of each set: its own, random images, INFER's naturals without compensators
+    labelled += [recipe.ipc * real.classes] if of_control else []
+    labelled += [content.images] if recipe.controls and content.compensators else []
+    if content.learned_labels:
+        kept = count_label_bytes("learned", content.views, real.classes, recipe.pool, train.batch_size)
+        stages.append(Stage("learned labels", f"{content.views:,} views", 0.0, kept, kept, held=True))
+    for kind in ("static", "replayed"):
+        if kind not in recipe.labels:
+            continue
+        sizes = [count_label_bytes(kind, n, real.classes, recipe.pool, train.batch_size) for n in labelled]
+        passes = sum(labelled)
+        if kind == "replayed":
+            passes = sum(recipe.pool.epochs * (n // (batch := min(train.batch_size, n))) * batch for n in labelled)
+        seconds = _time_views(recipe.labelled_by or recipe.teachers.networks, passes, real, exact)
+        stages.append(Stage(f"{kind} labels", f"{passes:,} views", seconds, sum(sizes), sizes[0], held=True))
     return stages
 
 
@@ -325,7 +335,8 @@ def _student_stages(
                 if kind != "learned":
                     alone = round(epochs * count / min(batch, count))
                     cells |= {(name, _kind(kind, by), total, network) for total in (steps, alone)}
-        labelling = _time_labels(recipe, batch, real, plan) if labels == "dynamic" else 0.0
+        labellers = recipe.labelled_by or recipe.teachers.networks
+        labelling = _time_views(labellers, batch, real, plan) if labels == "dynamic" else 0.0
         each = sum(count * (seconds + labelling * (kind != "hard")) for _, kind, count, _ in cells - known)
         work = f"{len(recipe.seeds)} seeds x {steps:,} steps of {batch}" + (" and controls" if len(cells) > 1 else "")
         stages.append(Stage(f"students, {labels}", work, each * len(recipe.seeds), memory, 0))
@@ -350,14 +361,15 @@ def _time_training(model: nn.Module, batch: int, real: RealData, plan: Plan) -> 
     return seconds, memory + 4 * weights  # weights, gradients, at most two moments
 
 
-def _time_labels(recipe: Recipe, batch: int, real: RealData, plan: Plan) -> float:
-    images = _images(batch, real, plan)
+def _time_views(networks: Sequence[str], views: int, real: RealData, plan: Plan) -> float:
+    """Seconds in which all `networks` pass so many images, of which a few are timed."""
+    images = _images(min(TIMED_SCORES, fit_batch(LABEL_BATCH, real.image_size), views), real, plan)
     together = 0.0
-    for name in recipe.labelled_by or recipe.teachers.networks:
-        model = build_network(name, real.classes, real.image_size).eval()
+    for name in networks:
+        model = plan.place(build_network(name, real.classes, real.image_size).eval())
         with torch.no_grad(), plan.autocast():
-            together += _median_time(functools.partial(plan.place(model), images), plan)
-    return together
+            together += _median_time(functools.partial(model, images), plan)
+    return together * views / len(images)
 
 
 def _time_steps(loss: Callable[[Tensor], Tensor], batch: int, real: RealData, plan: Plan) -> tuple[float, int]:

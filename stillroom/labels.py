@@ -123,10 +123,11 @@ def compute_static_labels(
         Task(name, functools.partial(make, block), lambda made: bool(made == made_by))
         for name, block in zip(names, blocks, strict=True)
     ]
-    made = run.carry_out(tasks)
     labels = torch.empty(distilled.view_count, classes, dtype=torch.float16)
-    for block in reversed(blocks):  # each let go as it is copied: not all are held twice
-        labels[block] = made.pop()[1]["labels"]
+    # One by one, each let go as it is copied: not all are held twice.
+    jobs = [functools.partial(run.carry_out, [task]) for task in tasks]
+    for number, [(_, tensors)] in run.in_any_order(jobs):
+        labels[blocks[number]] = tensors["labels"]
     return labels
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stillroom import augment
+from stillroom.artifact import StoredImages
 from stillroom.compute import Plan, derive_seed
 from stillroom.data import RealData
 from stillroom.distilled import DistilledSet
@@ -302,6 +303,7 @@ def train_student(
         total_steps=steps,
         measure=lambda m: measure_accuracy(m, real.test, normalization.mean, normalization.std, plan),
         measure_every_epochs=config.measure_every_epochs,
+        ahead=isinstance(distilled.images, StoredImages),
     )
     return model.eval(), history
 

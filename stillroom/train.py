@@ -7,9 +7,11 @@ uninterrupted one would have drawn. Nothing inside the loop waits for the device
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -183,7 +185,20 @@ class Epochs:
         return build_generator(self.seed, *self.path, "augment", drawn_step)
 
 
-BatchFunction = Callable[[Tensor, torch.Generator, int], tuple[Tensor, Tensor]]
+Batch = tuple[Tensor, Tensor]  # images and targets
+BatchFunction = Callable[[Tensor, torch.Generator, int], Batch]
+
+
+def draw_ahead(draw: Callable[[int], Batch], steps: range, threads: ThreadPoolExecutor) -> Iterator[Batch]:
+    """Yield ``draw(step)`` of all steps, each drawn by a thread while the one before is worked on.
+
+    What drawing raises reaches whoever asks for that batch.
+    """
+    coming = [threads.submit(draw, step) for step in steps[:1]]
+    for step in steps:
+        batch = coming.pop().result()
+        coming += [threads.submit(draw, next_step) for next_step in steps[step - steps.start + 1 :][:1]]
+        yield batch
 
 
 def fit(
@@ -200,6 +215,7 @@ def fit(
     total_steps: int | None = None,
     measure: Callable[[nn.Module], dict[str, float]] | None = None,
     measure_every_epochs: int = 0,
+    ahead: bool = False,
 ) -> list[dict[str, float]]:
     """Train `model` in place and return one row per epoch: loss, learning rate, seconds, and what `measure` returned.
 
@@ -208,7 +224,8 @@ def fit(
     `draw_batch(rows, generator, drawn_step)` returns normalised images float32 [batch, 3, h, w] and targets on the
     plan's device; by the last, a step of `Epochs.drawn_step`, stored labels are found.
     `loss_function(logits float32, targets)` returns a scalar. `total_steps` overrides the number of epochs.
-    `measure` runs after the last epoch, and every `measure_every_epochs` epochs where that is above 0.
+    `measure` runs after the last epoch, and every `measure_every_epochs` epochs where that is above 0. `ahead`: whether
+    the next batch is drawn in a thread while a step runs, for images that are decoded batch by batch; the same bits.
 
     Where the plan has several processes they share every batch (together.py), and nothing is compiled. Raises
     StillroomError where the loss is not finite (the last good checkpoint is kept), TimeLimitReached where the run is to
@@ -237,7 +254,13 @@ def fit(
 
     compute_loss = compute_loss if shared else plan.compiled(compute_loss, steps, "training")
     model.train()
-    rows = epochs.rows(epochs.drawn_step(first) // epochs.steps)
+    rows_of = functools.lru_cache(1)(epochs.rows)
+
+    def draw(step: int) -> Batch:
+        drawn_step = epochs.drawn_step(step)
+        epoch, within = divmod(drawn_step, epochs.steps)
+        return draw_batch(rows_of(epoch)[within], epochs.generator(drawn_step), drawn_step)
+
     devices = [plan.device] if plan.device.startswith("cuda") else []
     with contextlib.ExitStack() as stack:
         if shared:
@@ -245,14 +268,15 @@ def fit(
             network = stack.enter_context(together.lead(job, epochs.batch))
         stack.enter_context(torch.random.fork_rng(devices))
         advance = stack.enter_context(run.progress(label, steps, first))
+        batches: Iterator[Batch] = map(draw, range(first, steps))
+        if ahead:
+            batches = draw_ahead(draw, range(first, steps), stack.enter_context(ThreadPoolExecutor(1, "draws")))
         for step in range(first, steps):
-            (epoch, within), drawn_step = divmod(step, epochs.steps), epochs.drawn_step(step)
-            if within == 0:
-                rows = epochs.rows(drawn_step // epochs.steps)
+            epoch, within = divmod(step, epochs.steps)
             rate = schedule_rate(config, step, steps, epochs.steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            images, targets = draw_batch(rows[within], epochs.generator(drawn_step), drawn_step)
+            images, targets = next(batches)
             # Dropout and stochastic depth draw from the global generator.
             seed, weight = derive_seed(epochs.seed, *epochs.path, "dropout", step), 1.0
             if shared:

@@ -64,6 +64,11 @@ def test_what_no_node_has_room_for_is_refused(compute: ComputeConfig, nodes: lis
         place(compute, {}, nodes, None)
 
 
+def test_workers_know_how_many_of_them_share_a_node() -> None:
+    for workers, nodes, expected in ((None, [CPUS, CPUS], 4), (3, [CPUS, CPUS], 3), (None, [CPUS, {"CPU": 4.0}], 4)):
+        assert place(ComputeConfig("cpu", threads=4), {}, nodes, workers)[0].workers_per_machine == expected
+
+
 def run_on_ray(directory: Path, **options: Any) -> Any:
     return cluster.spread(lambda compute, run: None, directory, ComputeConfig("cpu"), directory / "cache", **options)
 

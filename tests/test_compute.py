@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,3 +140,56 @@ def test_strided_depthwise_layers_are_placed_in_float32_with_their_names_and_res
     # One rounding, of the result: the weights are not rounded. The layer of stride 1 is autocast as ever.
     assert torch.equal(found, nn.functional.conv2d(x.float(), weight, stride=2, padding=1, groups=8).bfloat16())
     assert type(placed[1]) is nn.Conv2d
+
+
+GIB = 2**30
+
+
+def write_group(folder: Path, names: tuple[str, str, str], limit: object, used: int, cached: int) -> None:
+    """A control group as the kernel shows it: the files of its limit and its use, and its statistics."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 1\n{names[2]} {cached}\ninactive_anon 7\n")
+
+
+V1, V2 = compute.GROUP_FILES["memory"][1:], compute.GROUP_FILES[""][1:]
+NO_LIMIT = 9223372036854771712  # of version 1
+
+
+@pytest.mark.parametrize(
+    ("own", "groups", "free"),
+    [
+        ("0::/\n", {}, 64),  # the machine's
+        ("0::/\n", {".": (V2, 16 * GIB, 15 * GIB, 0)}, 1),
+        ("0::/\n", {".": (V2, 16 * GIB, 15 * GIB, 14 * GIB)}, 15),  # cached files make room
+        ("0::/\n", {".": (V2, 2 * GIB, 3 * GIB, 0)}, 0),  # the limit was lowered
+        ("0::/jobs/1/task\n", {"jobs": (V2, 9 * GIB, 0, 0), "jobs/1": (V2, 8 * GIB, GIB, 0),
+                               "jobs/1/task": (V2, "max", GIB, 0)}, 7),
+        ("0::/outside/1\n", {".": (V2, 5 * GIB, GIB, 0)}, 4),  # a path that a container does not see
+        ("9:cpu,cpuacct:/job\n4:memory:/job\n1:name=systemd:/job\n",
+         {"memory/job": (V1, 6 * GIB, 5 * GIB, 2 * GIB), "memory": (V1, NO_LIMIT, 0, 0), "job": (V2, 1, 1, 0)}, 3),
+    ],
+)  # fmt: skip
+def test_free_memory_is_what_the_innermost_and_every_outer_group_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, groups: dict[str, Any], free: int
+) -> None:
+    monkeypatch.setattr(compute, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(compute, "GROUPS", tmp_path / "groups")
+    assert compute._free_memory("cpu") is None
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {64 * GIB // 1024} kB\n")
+    assert compute._free_memory("cpu") == 64 * GIB
+    (tmp_path / "proc/self/cgroup").write_text(own)
+    for name, facts in groups.items():
+        write_group(tmp_path / "groups" / name, *facts)
+    assert compute._free_memory("cpu") == free * GIB
+
+
+def test_workers_of_one_machine_choose_chunks_by_their_share_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "_free_memory", lambda device: 16 * GIB)
+    for workers, chunk in ((1, 32), (4, 8), (10**6, 1)):
+        config = ComputeConfig("cpu", workers_per_machine=workers)
+        assert resolve_plan(config, slot=(1000, 224)).chunk_images == chunk
+    with pytest.raises(StillroomError, match="workers_per_machine is 0; give 1 or more"):
+        ComputeConfig(workers_per_machine=0)

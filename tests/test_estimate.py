@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import build_toy_teacher
 
-from stillroom import artifact, estimate
+from stillroom import artifact, estimate, labels
 from stillroom.compute import Plan
 from stillroom.data import RealData
 from stillroom.estimate import estimate_recipe
@@ -38,11 +40,60 @@ def test_the_estimated_student_steps_are_those_that_the_run_takes(
 ) -> None:
     recipe = replace(toy_recipe, **change)
     monkeypatch.setattr(estimate, "_time_training", lambda *_: (1.0, 0))  # seconds are steps
-    monkeypatch.setattr(estimate, "_time_labels", lambda *_: 0.0)
+    monkeypatch.setattr(estimate, "_time_views", lambda *_: 0.0)
     stages, _ = estimate_recipe(recipe)
     estimated = sum(stage.seconds for stage in stages if stage.name.startswith("students"))
     taken = len(recipe.seeds) * sum(cell["steps"] for cell in run_recipe(recipe, Run())["cells"])
     assert estimated == pytest.approx(taken, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": "random", "labels": ("static",)},
+        {"labels": ("static", "replayed"), "seeds": (0,)},
+        {"method": "sre2l", "labels": ("replayed",), "sre2l": Sre2lConfig(steps=2), "seeds": (0,)},
+    ],
+)
+def test_the_estimated_passes_for_stored_labels_are_those_that_the_run_takes(
+    toy_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    recipe = replace(toy_recipe, **change)
+    monkeypatch.setattr(estimate, "_time_views", lambda networks, views, *_: float(views))  # seconds are passes
+    estimated = sum(stage.seconds for stage in estimate_recipe(recipe)[0] if stage.name.endswith(" labels"))
+    passes: list[int] = []
+    counted = labels.ensemble_logits
+
+    def count(*given: Any) -> Any:
+        logits_of = counted(*given)
+
+        def logits(images: torch.Tensor) -> torch.Tensor:
+            passes.append(len(images))
+            return logits_of(images)
+
+        return logits
+
+    monkeypatch.setattr(labels, "ensemble_logits", count)
+    run_recipe(recipe, Run())
+    assert estimated == sum(passes) > 0
+
+
+def test_what_a_few_images_take_stands_for_all_and_for_every_network(
+    toy: RealData, toynet: str, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "_median_time", lambda work, plan: 1.0 + 0 * len(work()))
+    assert estimate._time_views([toynet, toynet], 6400, toy, plan) == 2 * 6400 / estimate.TIMED_SCORES
+    assert estimate._time_views([toynet], 3, toy, plan) == 1.0
+
+
+def test_a_teacher_that_is_loaded_is_measured_on_every_test_image(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "_time_views", lambda networks, views, *_: float(views))
+    (tmp_path / "weights.safetensors").touch()
+    loaded = replace(toy_recipe.teachers, checkpoints=(f"toynet={tmp_path / 'weights.safetensors'}",))
+    [teacher, *_], _ = estimate_recipe(replace(toy_recipe, teachers=loaded, labels=("hard",)), "set")
+    assert (teacher.name, teacher.seconds) == ("teacher toynet", 40.0)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +102,7 @@ def test_the_estimated_student_steps_are_those_that_the_run_takes(
 def test_the_recovery_of_pixels_is_timed(toy_recipe: Recipe, method: str, stages: list[str]) -> None:
     found, _ = estimate_recipe(replace(toy_recipe, method=method, labels=("static",)), "set")
     assert [stage.name for stage in found[1:]] == [*stages, "images", "static labels"]
-    assert all(stage.seconds > 0 for stage in found[1:-2])
+    assert all(stage.seconds > 0 for stage in (*found[1:-2], found[-1]))
     assert found[-3].memory > 0
 
 
@@ -76,6 +127,17 @@ def test_what_a_large_set_takes_is_judged_by_its_files(toy_recipe: Recipe, monke
     assert held["images"].kept == held["images"].memory == 12 * 3 * 8 * 8
     assert stored["images"].kept == stored["images"].memory != held["images"].kept
     assert stored["static labels"].memory == stored["static labels"].kept > 0
+
+
+@pytest.mark.parametrize("method", ["sre2l", "gvbsm", "rded"])
+def test_images_that_are_made_are_held_as_pixels_however_many(
+    toy_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, method: Any
+) -> None:
+    monkeypatch.setattr(artifact, "HELD_BYTES", 0)
+    stages, _ = estimate_recipe(replace(toy_recipe, method=method, labels=("replayed",), controls=False), "set")
+    images, labels = stages[-2:]
+    assert (images.name, images.memory, labels.name) == ("images", 16 * 3 * 8 * 8, "replayed labels")
+    assert labels.memory == labels.kept > 0
 
 
 def test_the_memory_told_is_that_of_the_largest_step_and_of_what_is_held_and_not_of_labels_that_are_not_stored(

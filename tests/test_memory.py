@@ -14,7 +14,7 @@ import torch
 from conftest import stopping_again_and_again
 from torch.utils.data import DataLoader
 
-from stillroom import artifact, files, labels
+from stillroom import artifact, files, labels, students
 from stillroom.compute import Plan
 from stillroom.data import RealData
 from stillroom.distilled import DistilledSet, load_distilled
@@ -25,8 +25,9 @@ from stillroom.methods import infer
 from stillroom.methods.infer import InferConfig
 from stillroom.methods.select import RandomConfig, distill_random
 from stillroom.run import Run
+from stillroom.students import StudentConfig
 from stillroom.teachers import Teacher
-from stillroom.train import fit_batch
+from stillroom.train import TrainConfig, fit, fit_batch
 
 SETTINGS = InferConfig(steps=3, shift_limit=1)
 
@@ -276,3 +277,28 @@ def test_a_step_in_chunks_takes_the_memory_of_a_chunk_whatever_the_number_of_ima
     further = 192 * 3 * 32 * 32 * 8 / 2**20  # MiB that 192 more images take themselves
     assert many - few < further + 8
     assert whole - many > 10 * further
+
+
+def test_a_student_of_a_set_that_is_not_held_has_its_batches_drawn_ahead(
+    toy: RealData, toy_teachers: list[Teacher], toynet: str, plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    make_set(toy, toy_teachers, plan).save(tmp_path / "set")
+    student = StudentConfig(toynet, TrainConfig(epochs=1, batch_size=8, flip=False))
+    asked: list[bool] = []
+
+    def note(*given: Any, ahead: bool, **named: Any) -> Any:
+        asked.append(ahead)
+        return fit(*given, ahead=ahead, **named)
+
+    monkeypatch.setattr(students, "fit", note)
+    reached = []
+    for held in (artifact.HELD_BYTES, 0):
+        monkeypatch.setattr(artifact, "HELD_BYTES", held)
+        distilled = load_distilled(tmp_path / "set")
+        model, _ = students.train_student(
+            distilled, toy, student, student.train, 4, 0, [], plan, Run(), "student"
+        )  # fmt: skip
+        reached.append(model.state_dict())
+    assert asked == [False, True]
+    for name, value in reached[0].items():
+        assert torch.equal(reached[1][name], value), name

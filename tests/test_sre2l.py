@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,22 @@ def test_a_finished_unit_of_other_weights_is_refused(toy: RealData, plan: Plan, 
     other = build_toy_teacher(1, "toynet0")
     with Run(tmp_path / "run") as run, pytest.raises(StillroomError, match="images by toynet0 were made with other w"):
         sre2l.distill(toy, [other], 1, QUICK, 0, plan, run)
+
+
+def test_no_more_than_one_finished_unit_is_held_beside_the_set(
+    toy: RealData, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units: list[weakref.ref[torch.Tensor]] = []
+    held: list[int] = []
+
+    def note(made: torch.Tensor) -> torch.Tensor:
+        held.append(sum(unit() is not None for unit in units))
+        units.append(weakref.ref(found := to_bytes(made)))
+        return found
+
+    monkeypatch.setattr(pixels, "to_bytes", note)
+    sre2l.distill(toy, [build_toy_teacher()], 5, replace(QUICK, steps=1), 0, plan, Run())
+    assert held == [0, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(

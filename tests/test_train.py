@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -203,8 +204,14 @@ def timeless(history: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    ("net", "config"),
-    [(ToyNet, SGD), (ToyNet, ADAMW), (ToyNet, MUON), (DropoutNet, replace(SGD, schedule="one_cycle"))],
+    ("net", "config", "ahead"),
+    [
+        (ToyNet, SGD, False),
+        (ToyNet, ADAMW, False),
+        (ToyNet, MUON, False),
+        (DropoutNet, replace(SGD, schedule="one_cycle"), False),
+        (DropoutNet, replace(SGD, schedule="one_cycle"), True),
+    ],
 )
 def test_stopped_and_resumed_training_has_the_bits_of_an_uninterrupted_one(
     toy: RealData,
@@ -213,7 +220,9 @@ def test_stopped_and_resumed_training_has_the_bits_of_an_uninterrupted_one(
     monkeypatch: pytest.MonkeyPatch,
     net: type[ToyNet],
     config: TrainConfig,
+    ahead: bool,
 ) -> None:
+    """And so has one whose batches are drawn ahead: the whole one's are not."""
     states = last_state(monkeypatch)
     whole_history = train(toy, plan, Run(), net(0), config)
     whole = {name: value.clone() for name, value in states[-1].items()}
@@ -225,7 +234,7 @@ def test_stopped_and_resumed_training_has_the_bits_of_an_uninterrupted_one(
             looks = itertools.chain([False] * (1, 2, 4)[stops % 3], itertools.repeat(True))
             monkeypatch.setattr(Run, "stopping", property(lambda self, looks=looks: next(looks)))
             try:
-                history = train(toy, plan, run, net(9 if stops else 0), config)
+                history = train(toy, plan, run, net(9 if stops else 0), config, ahead=ahead)
             except TimeLimitReached:
                 stops += 1
     assert stops >= 3
@@ -234,6 +243,29 @@ def test_stopped_and_resumed_training_has_the_bits_of_an_uninterrupted_one(
     assert resumed.keys() == whole.keys()
     for name, value in whole.items():
         assert torch.equal(resumed[name], value), name
+
+
+def test_a_batch_is_drawn_ahead_while_a_step_runs_and_what_drawing_raises_is_raised(plan: Plan) -> None:
+    drawn = [threading.Event() for _ in range(6)]
+
+    def draw_batch(rows: Tensor, generator: torch.Generator, drawn_step: int) -> tuple[Tensor, Tensor]:
+        drawn[drawn_step].set()
+        if drawn_step == 4:
+            raise StillroomError("image 7 is damaged")
+        return torch.zeros(16, 3, 8, 8), torch.zeros(16, dtype=torch.int64)
+
+    steps = iter(range(6))
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        assert drawn[next(steps) + 1].wait(20)
+        return nn.functional.cross_entropy(logits, targets)
+
+    run = Run()
+    with pytest.raises(StillroomError, match="image 7 is damaged"):
+        fit(ToyNet(0), SGD, EPOCHS, draw_batch, loss, plan, run, run.checkpoint("unit"), label="unit", ahead=True)
+    assert next(steps) == 4  # the steps before had their batches
+    assert not drawn[5].is_set()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("draws")]
 
 
 def test_checkpoints_written_on_the_way_carry_a_killed_training_on(

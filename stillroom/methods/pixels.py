@@ -7,6 +7,7 @@ stand slot by slot in class order, so the image of `slot` and `label` is at posi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -93,7 +94,7 @@ def recover_images(
     mean, std = (torch.tensor(values, device=plan.device).view(3, 1, 1) for values in (real.mean, real.std))
     names = ", ".join(teacher.name for teacher in teachers)
     made_by = {"teachers": names, "hash": sha256_bytes("".join(teacher.hash for teacher in teachers).encode())}
-    images = torch.empty(sum(map(len, blocks)), 3, real.image_size, real.image_size, dtype=torch.uint8)
+    shape = (3, real.image_size, real.image_size)
     positions_of = [torch.stack([blocks[index] for index in packed]) for packed in packs]
     tasks = []
     for packed, positions in zip(packs, positions_of, strict=True):
@@ -102,8 +103,8 @@ def recover_images(
 
         def make(positions: Tensor = positions, paths: list[tuple[str, int]] = paths, unit: str = unit) -> Any:
             terms, memory = prepare(positions, settings.steps * len(packs))
-            shape = (positions.shape[1], *images.shape[1:])
-            noise = [torch.randn(shape, generator=build_generator(seed, *path, "noise")) for path in paths]
+            size = (positions.shape[1], *shape)
+            noise = [torch.randn(size, generator=build_generator(seed, *path, "noise")) for path in paths]
             descent = Descent(
                 "images", torch.stack(noise).to(plan.device), terms, settings.steps, settings.learning_rate,
                 settings.betas, plan, (-mean / std, (1 - mean) / std), memory,
@@ -115,8 +116,11 @@ def recover_images(
             return {"images": to_bytes(descent.tensor.detach() * std + mean).cpu(), "losses": losses.cpu()}
 
         tasks.append(made_once(unit, made_by, f"images by {names}", make))
-    for positions, (_, tensors) in zip(positions_of, run.carry_out(tasks), strict=True):
-        images[positions] = tensors["images"]
+    images = torch.empty(sum(map(len, blocks)), *shape, dtype=torch.uint8)
+    # One by one, each let go as it is copied: not all are held twice.
+    jobs = [functools.partial(run.carry_out, [task]) for task in tasks]
+    for number, [(_, tensors)] in run.in_any_order(jobs):
+        images[positions_of[number]] = tensors["images"]
     return images
 
 
