@@ -25,7 +25,7 @@ from PIL import Image
 from stillroom.card import budget_of
 from stillroom.claims import Claim, Verdict, claims_of, count_seeds, headline, spell_spread
 from stillroom.errors import StillroomError
-from stillroom.events import Training, event_files, read_events, read_lines, seconds_within, trainings_of
+from stillroom.events import Training, event_files, read_events, read_lines, require_run, seconds_within, trainings_of
 from stillroom.figures.style import COLOURS, colours_of, listed
 from stillroom.files import read_bytes, read_json, read_sealed
 from stillroom.manifest import Manifest, read_manifest
@@ -104,12 +104,8 @@ def open_run(directory: Path) -> Opened:
 
     Raises StillroomError where it is no run, and where a file in it is damaged.
     """
-    config = directory / "config.json"
-    if not config.exists():
-        raise StillroomError(
-            f"{directory} holds no config.json, so it is no run; give the directory of one, such as runs/demo"
-        )
-    settings = read_sealed(config, ("settings",))["settings"]
+    require_run(directory)
+    settings = read_sealed(directory / "config.json", ("settings",))["settings"]
     names = [name for name in ("comparison.json", "results.json") if (directory / name).exists()]
     results = read_json(directory / names[0]) if names else None
     sets = {}

@@ -22,6 +22,8 @@ from stillroom.manifest import Manifest
 from stillroom.page import element, escape, round_ticks, table
 from stillroom.recipes import RECIPES
 from stillroom.report import Opened, build_report, open_run
+from stillroom.study import find_sets
+from stillroom.watch import read_progress
 
 VOID = {"meta", "img", "source", "br", "line", "circle", "polyline", "rect"}
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;\x00\x1b\ud800"
@@ -275,6 +277,17 @@ def test_results_with_something_else_in_a_place_are_refused_or_shown(finished: F
 def test_wrong_words_are_refused(words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", *words]) == code
     assert message in capsys.readouterr().err
+
+
+def test_who_reads_runs_refuses_what_is_none_in_the_same_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for read in (open_run, find_sets, lambda folder: read_progress(folder, [])):
+        with pytest.raises(StillroomError, match=r"holds no config\.json, so it is no run; give the directory of one"):
+            read(tmp_path)
+    assert cli.main(["figure", "accuracy", str(tmp_path)]) == 1
+    assert "holds no config.json, so it is no run; give the directory of one" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_matplotlib_the_page_says_how_to_get_the_figures(
