@@ -404,6 +404,8 @@ def compare_cell(entry: Entry, saved: DistilledSet, labels: LabelKind, cells: li
     return {
         "method": entry.name,
         "asked": entry.text,
+        "base": saved.manifest.method,
+        "fingerprint": saved.fingerprint,
         "set": None if entry.folder is not None else set_name(entry),
         "ipc": entry.budget_ipc,
         "matched_ipc": entry.recipe.ipc,

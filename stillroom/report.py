@@ -23,7 +23,7 @@ import yaml
 from PIL import Image
 
 from stillroom.card import budget_of
-from stillroom.claims import Claim, Verdict, claims_of, count_seeds, headline, spell_spread
+from stillroom.claims import Claim, Verdict, claims_of, count_seeds, headline, spell_spread, spread_of
 from stillroom.errors import StillroomError
 from stillroom.events import Training, event_files, read_events, read_lines, require_run, seconds_within, trainings_of
 from stillroom.figures.style import COLOURS, colours_of, listed
@@ -89,7 +89,7 @@ class Opened:
         """What it is, in a few words."""
         results = self.results or {}
         if self.kind == "comparison":
-            methods = list(dict.fromkeys(row["method"] for row in results["rows"]))
+            methods = {row.get("asked", row["method"]) for row in results["rows"]}
             return f"{len(methods)} methods on {results['dataset']['name']}" if methods else "a comparison without rows"
         if self.kind == "evaluation":
             return f"students by {results['evaluation']['labels']} labels"
@@ -270,8 +270,9 @@ def _panels(run: Opened) -> dict[str, list[Strip]]:
 
 
 def _strip(name: str, top1: Sequence[float], own: bool) -> Strip:
-    claim = Claim("", 0, "", "", 0, tuple(map(float, top1)))
-    return Strip(name, claim.top1, claim.mean, claim.deviation, spell_spread(claim.mean, claim.deviation), own)
+    values = tuple(map(float, top1))
+    mean, deviation = spread_of(values)
+    return Strip(name, values, mean, deviation, spell_spread(mean, deviation), own)
 
 
 def _scale_of(runs: Sequence[Opened]) -> tuple[float, float]:
@@ -307,16 +308,17 @@ def _results(run: Opened, scale: tuple[float, float]) -> list[Html]:
     if with_controls:
         lines = []
         for claim in with_controls:
-            assert claim.strongest is not None
-            lines.append(_marked(claim.strongest.verdict, claim.sentence))
-        parts += [element("h3", "Each method beside its strongest control"), element("ul", *lines, class_="verdicts")]
+            assert claim.hardest is not None
+            lines.append(_marked(claim.hardest.verdict, claim.sentence))
+        title = "Each method beside the control that is hardest to beat"
+        parts += [element("h3", title), element("ul", *lines, class_="verdicts")]
     if claims:
         parts.append(
             element(
                 "p",
-                "A control counts as beaten where the 95 % interval of the mean difference, paired by seed "
-                "(Student's t), lies above 0. Seeds are of students of one set: neither another draw of images nor "
-                "another distillation is in the spread.",
+                "A control counts as beaten by three seeds or more where the 95 % interval of the mean difference, "
+                "paired by seed (Student's t), lies above 0. Seeds are of students of one set: neither another draw of "
+                "images nor another distillation is in the spread.",
                 class_="soft",
             )
         )
@@ -555,15 +557,15 @@ def _overview(runs: Sequence[Opened], scale: tuple[float, float]) -> Html:
             ] or [element("p", "no accuracies yet", class_="soft")]
             charts.append(element("div", element("h3", link), *drawn))
             for claim in claims_of(run.results) if run.results is not None else ():
-                strongest = claim.strongest
-                behind = "-" if strongest is None else spell_spread(strongest.mean, strongest.deviation, "+")
-                which = "no control" if strongest is None else f"{strongest.verdict}: {strongest.control}"
+                hardest = claim.hardest
+                behind = "-" if hardest is None else spell_spread(hardest.mean, hardest.deviation, "+")
+                which = "no control" if hardest is None else f"{hardest.verdict}: {hardest.control}"
                 first = [str(run.directory), claim.method, f"{claim.ipc}", claim.labels, claim.student]
                 rows.append([*first, f"{claim.steps:,}", spell_spread(claim.mean, claim.deviation), behind, which])
-    header = ["run", "method", "ipc", "labels", "student", "steps", "top-1", "vs strongest control", "verdict"]
+    header = ["run", "method", "ipc", "labels", "student", "steps", "top-1", "vs hardest control", "verdict"]
     caption = (
-        "Every result beside its strongest control. Runs may differ in data, students and steps: only what is of one "
-        "run is matched."
+        "Every result beside the control that is hardest to beat. Runs may differ in data, students and steps: only "
+        "what is of one run is matched."
     )
     parts = [element("p", f"Top-1 in %, all charts from {scale[0]:g} to {scale[1]:g}.", class_="soft")]
     parts.append(element("div", *charts, class_="wide"))

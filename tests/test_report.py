@@ -208,6 +208,15 @@ def test_a_run_that_is_not_finished_claims_nothing(finished: Finished, tmp_path:
     assert "has no results yet" in said
 
 
+def test_one_set_by_two_kinds_of_label_is_one_method_of_the_title(compared: Finished) -> None:
+    run = open_run(compared.directory)
+    assert run.results is not None
+    assert run.title == "3 methods on toy"
+    rows = [row | {"method": f"{row['method']}, its own labels"} for row in run.results["rows"]]
+    both = replace(run, results=run.results | {"rows": [*run.results["rows"], *rows]})
+    assert both.title == "3 methods on toy"
+
+
 def test_a_stopped_comparison_and_failed_cells_are_said(compared: Finished, tmp_path: Path) -> None:
     run = copy(compared, tmp_path / "run")
     results = json.loads((run / "comparison.json").read_text())
