@@ -201,8 +201,10 @@ def headline(results: dict[str, Any]) -> str:
     if "evaluation" in results:
         found = results["evaluation"]
         top1 = [100 * value for value in found["top1"]]
+        its = results.get("set")  # which older ones do not say
+        of = "" if its is None else f"{describe_set(its, results['dataset']['name'])}, in {its['folder']}: "
         return (
-            f"{found['network']} students reach {spell_reached(top1)} with {found['labels']} labels in "
+            f"{of}{found['network']} students reach {spell_reached(top1)} with {found['labels']} labels in "
             f"{found['steps']:,} steps; no control stands beside it, so nothing says that it is better than random "
             "images."
         )
@@ -224,6 +226,11 @@ def headline(results: dict[str, Any]) -> str:
         f"{chosen_of}, chosen afterwards, is {highest.method} with {highest.reached} in {highest.steps:,} steps; "
         f"{verdict}."
     )
+
+
+def describe_set(facts: dict[str, Any], dataset: str) -> str:
+    """Return in words which set an evaluation was of, by its `facts` in results.json."""
+    return f"{facts['method']} on {dataset}, {facts['ipc']} images per class"
 
 
 def spread_of(values: Sequence[float]) -> tuple[float, float | None]:

@@ -22,8 +22,8 @@ from typing import Any, Literal
 import yaml
 from PIL import Image
 
-from stillroom.card import budget_of
-from stillroom.claims import Claim, Verdict, claims_of, count_seeds, headline, spell_spread, spread_of
+from stillroom.card import budget_of, spell_loading
+from stillroom.claims import Claim, Verdict, claims_of, count_seeds, describe_set, headline, spell_spread, spread_of
 from stillroom.errors import StillroomError
 from stillroom.events import Training, event_files, read_events, read_lines, require_run, seconds_within, trainings_of
 from stillroom.figures.style import COLOURS, colours_of, listed
@@ -48,6 +48,7 @@ from stillroom.render import FIRST, PARTS, caption_of, failures_of, parts_of
 SHEET_BYTES = 150_000  # of a contact sheet on the page; a larger one is shown smaller
 SHEET_SIDE = 400
 PANELS = 24  # of curves, at most
+DIFFERING, LONGEST = 3, 80  # settings, and characters, by which runs of one title are told apart, at most
 
 MARKS: dict[Verdict, tuple[str, str]] = {  # a sign and a class of style; the words beside it say the same
     "beaten": ("✓", "beaten"),
@@ -92,7 +93,8 @@ class Opened:
             methods = {row.get("asked", row["method"]) for row in results["rows"]}
             return f"{len(methods)} methods on {results['dataset']['name']}" if methods else "a comparison without rows"
         if self.kind == "evaluation":
-            return f"students by {results['evaluation']['labels']} labels"
+            by, its = f"students by {results['evaluation']['labels']} labels", results.get("set")  # older ones lack it
+            return by if its is None else f"{describe_set(its, results['dataset']['name'])}: {by}"
         manifest = next((manifest for _, manifest in self.sets.values()), None)
         if manifest is not None:
             return f"{manifest.method} on {manifest.dataset.name}, {manifest.ipc} images per class"
@@ -112,11 +114,26 @@ def open_run(directory: Path) -> Opened:
     for folder in [directory, *sorted((directory / "sets").glob("*"))]:
         if (folder / "distilled" / "manifest.json").exists():
             sets[folder.name] = (folder / "distilled", read_manifest(folder / "distilled"))
+    with as_written(directory):
+        sets |= _evaluated(results, settings)
     opened = Opened(directory, settings, results, sets, tuple(read_events(directory)))
     with as_written(directory):
         if results is not None:
             claims_of(results)
     return opened
+
+
+def _evaluated(results: Any, settings: dict[str, Any]) -> dict[str, tuple[Path, Manifest]]:
+    """Return the set of an evaluation by its folder, where it lies there as it was: with the same files."""
+    if not isinstance(results, dict) or "set" not in results or "evaluation" not in results:
+        return {}
+    given = Path(results["set"]["folder"])
+    for folder in (given / "distilled", given):
+        if (folder / "manifest.json").exists():
+            manifest = read_manifest(folder)
+            same = {role: held.sha256 for role, held in manifest.files.items()} == settings.get("distilled")
+            return {str(given): (folder, manifest)} if same else {}
+    return {}
 
 
 def build_report(
@@ -129,11 +146,10 @@ def build_report(
     """
     if not runs:
         raise StillroomError("runs is empty; give the directory of a run or of a comparison, such as runs/demo")
-    scale, titles = _scale_of(runs), []
-    bodies = []
+    scale = _scale_of(runs)
+    titles, bodies = _titles(runs), []
     for number, run in enumerate(runs):
         with as_written(run.directory):
-            titles.append(run.title)
             place = f"run{number}-" if len(runs) > 1 else ""
             bodies.append(list(_sections(run, figures.get(run.directory, {}), scale, place)))
     title = titles[0] if len(runs) == 1 else f"{len(runs)} runs"
@@ -144,7 +160,7 @@ def build_report(
         inside = [_claim(runs[0]), *said, _contents(links), *(part for _, _, part in parts)]
     else:
         links = [("beside each other", "overview"), *((name, f"run{n}") for n, name in enumerate(titles))]
-        inside = [*said, _contents(links), _overview(runs, scale)]
+        inside = [*said, _contents(links), _overview(runs, titles, scale)]
         for number, (run, name, parts) in enumerate(zip(runs, titles, bodies, strict=True)):
             inside.append(section(name, f"run{number}", _claim(run), *(part for _, _, part in parts)))
     made = time.strftime("%Y-%m-%d", time.localtime(max((_last_time(run) for run in runs), default=0.0)))
@@ -438,7 +454,8 @@ def _tables(run: Opened, prefix: str) -> list[Html]:
         seeds = count_seeds(len(run.results["seeds"]))
         teachers = ", ".join(f"{name} {top['top1']:.1f} %" for name, top in run.results["teachers"].items())
         caption = (
-            f"Every cell, top-1 in %, mean ± standard deviation over {seeds}; protocol: {run.results['protocol']}; "
+            f"Every cell, top-1 in %, mean ± standard deviation over {seeds}; protocol: "
+            f"{run.results.get('protocol', '-')}; "
             f"teachers: {teachers or 'none'}."
         )
         return [_cell_table(run.results["cells"], caption, prefix)]
@@ -474,24 +491,7 @@ def _cell_table(cells: Sequence[dict[str, Any]], caption: str, prefix: str) -> H
 def _loading(run: Opened) -> list[Html]:
     parts = []
     for name, (folder, manifest) in run.sets.items():
-        if manifest.pool is not None:
-            lines = [
-                "from stillroom import ReplayLoader, load_distilled",
-                "",
-                f"for images, soft_labels in ReplayLoader(load_distilled({str(folder)!r}), temperature=20):",
-                "    ...  # float32 [batch, 3, height, width], augmented, normalised; float32 [batch, classes]",
-            ]
-        else:
-            lines = [
-                "from torch.utils.data import DataLoader",
-                "",
-                "from stillroom import load_distilled",
-                "",
-                f"distilled = load_distilled({str(folder)!r})",
-                "for image, soft_label in DataLoader(distilled.views(), batch_size=64, shuffle=True):",
-                "    ...  # float32 [64, 3, height, width], normalised; float32 [64, classes], sums to one",
-            ]
-        text = "\n".join(lines)
+        text = "\n".join(spell_loading(manifest, f"load_distilled({str(folder)!r})", "load_distilled"))
         if len(run.sets) > 1:
             parts.append(element("details", element("summary", name), code(text, f"Python that loads {name}")))
         else:
@@ -546,12 +546,41 @@ def _provenance(run: Opened) -> list[Html]:
 # -- several runs --------------------------------------------------------------------------------------------------
 
 
-def _overview(runs: Sequence[Opened], scale: tuple[float, float]) -> Html:
+def _titles(runs: Sequence[Opened]) -> list[str]:
+    """Return the runs' titles, those that would be the same told apart: by settings, if few differ, or by directory."""
+    titles: list[str] = []
+    for run in runs:
+        with as_written(run.directory):
+            titles.append(run.title)
+    told = list(titles)
+    for title in {title for title in titles if titles.count(title) > 1}:
+        places = [place for place, own in enumerate(titles) if own == title]
+        flat = [dict(_settings(runs[place].settings)) for place in places]
+        known = dict.fromkeys(name for each in flat for name in each)
+        names = [name for name in known if len({each.get(name) for each in flat}) > 1]
+        parts = [", ".join(f"{name} {each.get(name, '-')}" for name in names) for each in flat]
+        if len(names) > DIFFERING or len(set(parts)) < len(parts) or max(map(len, parts)) > LONGEST:
+            parts = [str(runs[place].directory) for place in places]
+        for place, part in zip(places, parts, strict=True):
+            told[place] = f"{title}: {part}"
+    return told
+
+
+def _settings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield each setting in a nested dictionary: its name with dots, and its value as text."""
+    if not isinstance(value, dict):
+        yield name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return
+    for key, each in value.items():
+        yield from _settings(each, f"{name}.{key}" if name else str(key))
+
+
+def _overview(runs: Sequence[Opened], titles: Sequence[str], scale: tuple[float, float]) -> Html:
     """Return what several runs say side by side: a small chart of each on one scale, and one table."""
     charts, rows = [], []
     for number, run in enumerate(runs):
         with as_written(run.directory):
-            link = element("a", run.title, href=f"#run{number}")
+            link = element("a", titles[number], href=f"#run{number}")
             drawn = [
                 join(element("p", text, class_="soft"), strips(lines, *scale)) for text, lines in _panels(run).items()
             ] or [element("p", "no accuracies yet", class_="soft")]
