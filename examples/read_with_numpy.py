@@ -27,9 +27,7 @@ def read(folder):
     blocks = [images] if manifest["views"]["naturals_as_views"] or "compensators" not in path else []
     if "compensators" in path:
         stored = load_file(path["compensators"])
-        added = stored["compensators"].astype(np.float32) * stored.get(
-            "scale", np.float32(1)
-        )  # [teachers, slots, 3, h, w]
+        added = stored["compensators"].astype(np.float32) * stored.get("scale", np.float32(1))
         blocks += [images + own[slots].transpose(0, 2, 3, 1) for own in added]  # own: [slots, 3, height, width]
     views = np.concatenate(blocks)
     views = views.clip(0, 1) if manifest["views"]["clip"] else views

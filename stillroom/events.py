@@ -77,15 +77,20 @@ def parse_events(content: bytes) -> Iterator[dict[str, Any]]:
 
 
 def seconds_within(events: Iterable[dict[str, Any]]) -> float:
-    """Return the seconds that one file's events tell of, from each opening to the last event before the next."""
-    spent = begun = last = 0.0
+    """Return the seconds that one file's events tell of, from each opening to the last event before the next.
+
+    Notices do not count: one may come before the opening that it belongs to, long after what was there before.
+    """
+    spent, begun, last = 0.0, None, 0.0
     for event in events:
         now = float(event["time"])
-        if event["event"] == "opened":
-            spent += max(last - begun, 0.0)  # clocks may be set back
+        if event["event"] == "notice":
+            continue
+        if begun is None or event["event"] == "opened":
+            spent += 0.0 if begun is None else max(last - begun, 0.0)  # clocks may be set back
             begun = now
         last = now
-    return spent + max(last - begun, 0.0)
+    return spent + (0.0 if begun is None else max(last - begun, 0.0))
 
 
 def trainings_of(events: Iterable[dict[str, Any]]) -> list[Training]:

@@ -5,12 +5,14 @@
 infer       new000/class000_id000.jpg, JPEG of quality 75: what INFER's published scripts train on
 folder      a folder of PNG files per class, index.csv, and soft_labels.npy (logits) where the set has them
 npz         one file: train_images, train_labels, class_names, and soft_labels (logits) where the set has them
+compact     one npz file of what views are formed of: images, compensators, and which of them make which view
 parquet     train-00000-of-00001.parquet: image, label, soft_label (logits); opens with datasets.load_dataset(folder)
 webdataset  train-000000.tar, ...: samples of <key>.png, <key>.cls, <key>.logits.npy, and classes.txt beside them
 ddranking   images.pt, labels.pt, hard_labels.pt, images/: what DD-Ranking's evaluators are given, tensors or a folder
 
-None of them knows compensators, so all hold views, one image each: what sharing saves is lost, and so are manifest,
-hashes, dynamic labels and a learned learning rate. All but float arrays and tensors hold 8 bits a channel, in [0, 1].
+All but `compact` know no compensators, and hold views, one image each: what sharing saves is lost. Lost by all are
+manifest, hashes, dynamic labels and a learned learning rate. All but float arrays and tensors hold 8 bits a channel, in
+[0, 1].
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ from stillroom.infer_files import write_infer
 from stillroom.manifest import Manifest
 from stillroom.softlabels import INDEX_COLUMNS, INDEX_FILE, SOFT_LABEL_FILE
 
-ExportLayout = Literal["infer", "folder", "npz", "parquet", "webdataset", "ddranking"]
+ExportLayout = Literal["infer", "folder", "npz", "compact", "parquet", "webdataset", "ddranking"]
+ONE_FILE = ("npz", "compact")  # layouts that are no folder
 
 BLOCK = 256  # views that are formed at once
 LONGEST_NAME = 80  # characters of a folder's name
@@ -62,8 +65,8 @@ DDRANKING_CONSTANTS = {"cifar10": _CIFAR10, "cifar100": _CIFAR10, "tiny-imagenet
 def export_set(distilled: DistilledSet, to: ExportLayout, out: Path | str) -> list[str]:
     """Write the set's views to `out` in the layout `to`; return what there is to know about it.
 
-    `out` is a folder, new or empty, or for npz a new file; it is there whole or not at all. Raises StillroomError where
-    it holds something, and for sets that the layout cannot express.
+    `out` is a folder, new or empty, or for npz and compact a new file; it is there whole or not at all. Raises
+    StillroomError where it holds something, and for sets that the layout cannot express.
     """
     if to not in WRITERS:
         raise StillroomError(f"--to {to!r} is no layout." + suggest(str(to), get_args(ExportLayout)))
@@ -75,7 +78,7 @@ def export_set(distilled: DistilledSet, to: ExportLayout, out: Path | str) -> li
         notes = WRITERS[to](distilled.to("cpu"), staging)
         if out.exists():
             out.rmdir()  # empty; a folder cannot be renamed onto another everywhere
-        os.replace(staging / NPZ_FILE if to == "npz" else staging, out)
+        os.replace(staging / NPZ_FILE if to in ONE_FILE else staging, out)
     except OSError as error:
         raise StillroomError(f"export: {out} cannot be written: {error.strerror or error}") from error
     finally:
@@ -90,9 +93,9 @@ def export_set(distilled: DistilledSet, to: ExportLayout, out: Path | str) -> li
 
 def _require_free(out: Path, to: ExportLayout) -> None:
     """Raise StillroomError where `out` holds something already, or is no name for what the layout `to` writes."""
-    if to == "npz":
+    if to in ONE_FILE:
         if out.is_dir():
-            raise StillroomError(f"export: {out} is a folder, but --to npz writes a file; give {out / NPZ_FILE}")
+            raise StillroomError(f"export: {out} is a folder, but --to {to} writes a file; give {out / NPZ_FILE}")
         if out.suffix != ".npz":
             raise StillroomError(f"export: {out} does not end in .npz, by which such a file is known; give {out}.npz")
         if out.exists():
@@ -120,7 +123,14 @@ def write_folder(distilled: DistilledSet, folder: Path) -> list[str]:
             index.writerow([path, label, distilled.manifest.class_names[label], image, compensator])
     if distilled.soft_labels is not None:
         np.save(folder / SOFT_LABEL_FILE, distilled.soft_labels[order].numpy())
-    return [_exactness(distilled)]
+    other = [
+        f"{name!r} is {own}/"
+        for own, name in zip(names, distilled.manifest.class_names, strict=True)
+        if own != unicodedata.normalize("NFC", name)
+    ]
+    told = f"folders are not named as their classes, whose names stand in {INDEX_FILE}: " + ", ".join(other[:5])
+    more = f" and {len(other) - 5} more" if len(other) > 5 else ""
+    return [_exactness(distilled), *([told + more] if other else [])]
 
 
 def write_npz(distilled: DistilledSet, folder: Path) -> list[str]:
@@ -144,6 +154,35 @@ def write_npz(distilled: DistilledSet, folder: Path) -> list[str]:
     if not _is_8_bit(distilled) and not (views.min() >= 0 and views.max() <= 1):
         notes.append("views leave [0, 1], since the set does not cut them: `import` takes them cut, or as --to folder")
     return notes
+
+
+def write_compact(distilled: DistilledSet, folder: Path) -> list[str]:
+    """Write what views are formed of, as stored: the parts of Equation 6, for who forms the views himself.
+
+    images [n, 3, height, width], uint8 or, in pixel units, float16; labels int64 [n]; views int64 [views, 2], a view's
+    image and its compensator or -1; compensators [m, 3, height, width], float16, or int8 with scale float32
+    [m, 3, 1, 1] to multiply by; clip, whether views are cut to [0, 1]; class_names; soft_labels, logits float16
+    [views, classes]. What a set has not is absent. Views stand in the order of `DistilledSet.view_table`.
+    Raises StillroomError where views are not formed by adding alone.
+    """
+    if distilled.manifest.views.view_encoding == "jpeg75":
+        raise StillroomError("--to compact: this set's views are what a JPEG leaves of them; use --to npz")
+    arrays = {
+        "images": distilled.images[torch.arange(len(distilled.images))].numpy(),
+        "labels": distilled.labels.numpy(),
+        "views": distilled.view_table().numpy(),
+        "clip": np.array(distilled.manifest.views.clip),
+        "class_names": np.array(distilled.manifest.class_names),
+    }
+    if (stored := distilled.compensators) is not None:
+        arrays["compensators"] = stored.codes.flatten(0, 1).numpy()
+        if stored.scale is not None:
+            arrays["scale"] = stored.scale.flatten(0, 1).numpy()
+    if distilled.soft_labels is not None:
+        arrays["soft_labels"] = distilled.soft_labels.numpy()
+    np.savez(folder / NPZ_FILE, **arrays)  # type: ignore[arg-type]  # its stub takes the names for its own
+    notes = [", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in arrays.items())]
+    return [*notes, "views are formed as docs/own-images.md says; `import` does not read this layout"]
 
 
 def write_parquet(distilled: DistilledSet, folder: Path) -> list[str]:
@@ -253,6 +292,7 @@ WRITERS: dict[str, Callable[[DistilledSet, Path], list[str]]] = {
     "infer": write_infer,
     "folder": write_folder,
     "npz": write_npz,
+    "compact": write_compact,
     "parquet": write_parquet,
     "webdataset": write_webdataset,
     "ddranking": write_ddranking,

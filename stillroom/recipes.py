@@ -3,6 +3,7 @@
 stillroom run infer-cifar100-ipc10                       the paper's, hours on one GPU
 stillroom run rded-imagenet-ipc10                        another paper's
 stillroom run laptop-cifar100-ipc10                      thin networks: about two hours on one core
+stillroom run quick --data.source my-images              a look at any folder of your own, in minutes
 stillroom run small --data.source my-images --ipc 10     any small dataset of your own
 """
 
@@ -262,6 +263,13 @@ _DIGITS = replace(
     labels=("static",),
     compute=ComputeConfig(pack_slots=8),
 )
+# A look at a folder of photographs, in minutes: small images, one thin teacher.
+_QUICK = replace(
+    _DIGITS,
+    data=DataConfig(image_size=32, resize="crop"),
+    teachers=TeachersConfig(("convnet_thin",), recipe="fast", epochs=6, least_steps=150),
+    student=replace(_DIGITS.student, train=replace(_DIGITS.student.train, epochs=60)),
+)
 
 
 def _on(base: Recipe, source: str, ipc: int, batch_size: int | None = None) -> Recipe:
@@ -316,6 +324,7 @@ RECIPES: dict[str, Recipe] = {                                            # it s
     "laptop-cifar100-ipc10":      _on(_LAPTOP,   "cifar100",      10),
     "laptop-tiny-imagenet-ipc10": _on(_LAPTOP_TINY, "tiny-imagenet", 10),
     "small":                      _on(_SMALL,    "digits",        10),
+    "quick":                      _on(_QUICK,    "digits",        10),
     "digits":                     _on(_DIGITS,   "digits",        10),
 }
 # fmt: on

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from stillroom import cli
+from stillroom import cli, evaluate_command, settings
 from stillroom.compute import ComputeConfig, Plan, resolve_plan
 from stillroom.data import DataConfig, MemoryImages, RealData
 from stillroom.errors import TimeLimitReached
@@ -54,16 +54,46 @@ def fenced(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
-def recipe_commands(text: str) -> list[str]:
-    """Lines of a page's shell blocks, continued ones joined, that begin a recipe."""
+RECIPE = re.compile(r"stillroom (run|distill|squeeze|compare) [a-z]")
+
+
+def commands_of(text: str) -> list[str]:
+    """Lines of a page's shell blocks, continued ones joined, that call stillroom."""
     lines = [line for block in fenced(text, "sh") for line in block.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if re.search(r"stillroom (run|distill|squeeze) [a-z]", line)]
+    return [line for line in lines if re.search(r"\bstillroom [a-z]", line.partition("#")[0])]
+
+
+def words_of(line: str) -> list[str]:
+    words = shlex.split(line.partition(">")[0], comments=True)
+    return words[words.index("stillroom") + 1 :]
+
+
+def without_units(err: str) -> str:
+    """What was said on standard error, less the lines that tell of finished units where there is no terminal."""
+    return re.sub(r"^[\d:]+ finished .*\n", "", err, flags=re.MULTILINE)
+
+
+class UnderstoodError(Exception):
+    """A command's words were understood; no work follows."""
+
+
+def understand(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parse a command of a page, which begins no recipe, as `stillroom` would, and do nothing."""
+    parse = settings.tyro.cli
+
+    def stop(*args: object, **options: object) -> None:
+        parse(*args, **options)
+        raise UnderstoodError
+
+    monkeypatch.setattr(evaluate_command, "_as_its_run", evaluate_command.EvaluateCommand)
+    monkeypatch.setattr(settings.tyro, "cli", stop)
+    with contextlib.suppress(UnderstoodError):
+        assert cli.main(words_of(line)) == 0  # of those without words, which only show something
 
 
 def resolved(line: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """The settings that a command of a page would run with; a file of settings that it names is made here."""
-    words = shlex.split(line.partition(">")[0], comments=True)
-    words = words[words.index("stillroom") + 1 :]
+    """The settings that a recipe's command of a page would run with; a file of settings that it names is made here."""
+    words = words_of(line)
     if "--config" in words:
         Path(words[words.index("--config") + 1]).write_text("ipc: 10\n")
     words = [word for word in words if word not in ("--dry-run", "--print-config")]
@@ -216,7 +246,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         patch.setitem(RECIPES, "toy", recipe)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = cli.main(["run", "toy", "--out", str(folder / "run")])
-    return Finished(recipe, folder / "run", code, out.getvalue(), err.getvalue())
+    return Finished(recipe, folder / "run", code, out.getvalue(), without_units(err.getvalue()))
 
 
 @pytest.fixture(scope="session")
@@ -234,7 +264,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         patch.setitem(RECIPES, "toy", recipe)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = cli.main([*words, "--grid.ipc", "3", "4"])
-    return Finished(recipe, folder / "run", code, out.getvalue(), err.getvalue())
+    return Finished(recipe, folder / "run", code, out.getvalue(), without_units(err.getvalue()))
 
 
 @pytest.fixture

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import Finished, load_example
+from conftest import EXAMPLES, Finished, fenced, load_example
 
 from stillroom.artifact import to_8_bits
-from stillroom.distilled import DistilledSet, load_distilled
+from stillroom.distilled import (
+    DistilledSet,
+    dequantize_compensators,
+    load_distilled,
+    quantize_compensators,
+)
 from stillroom.export import _class_order, export_set
 
 theirs = pytest.mark.filterwarnings("ignore")  # libraries that import others warn of much
@@ -110,3 +116,31 @@ def test_numpy_alone_reads_the_views_labels_and_logits_of_a_set(
     assert labels.tolist() == made.labels[made.view_table()[:, 0]].tolist()
     assert (logits is None) == (change != "whole")
     assert logits is None or np.array_equal(logits, made.soft_labels.numpy())
+
+
+@pytest.mark.parametrize("change", ["whole", "8 bits", "hard, uncut", "naturals alone"])
+def test_the_parts_of_a_set_are_formed_into_views_by_numpy_as_the_guide_shows(
+    made: DistilledSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    if change == "8 bits":
+        made = replace(made, compensators=quantize_compensators(dequantize_compensators(made.compensators), 8))
+    if change == "hard, uncut":
+        made = made.with_labels(None)
+        made = replace(made, manifest=replace(made.manifest, views=replace(made.manifest.views, clip=False)))
+    if change == "naturals alone":
+        made = replace(made.with_labels(None), compensators=None)
+    export_set(made, "compact", tmp_path / "compact.npz")
+    (shown,) = [
+        block
+        for block in fenced((EXAMPLES.parent / "docs" / "own-images.md").read_text(), "python")
+        if "compact.npz" in block
+    ]
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(shown, found)
+    assert np.array_equal(found["views"], made.form_views(torch.arange(made.view_count)).numpy())
+    assert found["labels"].tolist() == made.labels[made.view_table()[:, 0]].tolist()
+    with np.load("compact.npz") as parts:
+        assert ("soft_labels" in parts) == (change in ("whole", "8 bits"))
+        assert ("scale" in parts) == (change == "8 bits")
+        assert "soft_labels" not in parts or np.array_equal(parts["soft_labels"], made.soft_labels.numpy())

@@ -16,6 +16,7 @@ import torch
 from stillroom import files
 from stillroom import run as run_module
 from stillroom.errors import StillroomError, TimeLimitReached
+from stillroom.events import seconds_within
 from stillroom.run import Run, Task
 
 PLAN = {"device": "cpu", "threads": 1, "processor": "abacus", "torch_version": "2", "seed_scheme": 1, "compile": "auto"}
@@ -340,3 +341,18 @@ def test_damaged_events_and_a_clock_set_back_do_not_stop_a_run(tmp_path: Path) -
     with Run(tmp_path) as run:
         (tmp_path / "events.jsonl").write_bytes("\n".join(lines).encode(errors="surrogateescape"))
         assert run.seconds_spent() == 2.0
+
+
+@pytest.mark.parametrize(
+    ("told", "seconds"),
+    [
+        (["1 notice", "5 opened", "9 epoch"], 4),
+        (["5 opened", "9 stopped", "500 notice", "501 opened", "503 unit_finished"], 6),
+        (["5 epoch", "7 unit_finished", "20 opened", "21 epoch"], 3),  # its beginning was lost
+        (["5 notice"], 0),
+        ([], 0),
+    ],
+)
+def test_time_between_processes_is_not_time_spent(told: list[str], seconds: float) -> None:
+    spelt = [(float(at), kind) for at, kind in (line.split() for line in told)]
+    assert seconds_within({"time": 1e9 + at, "event": kind} for at, kind in spelt) == seconds
