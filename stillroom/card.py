@@ -61,6 +61,37 @@ def budget_of(manifest: Manifest) -> Budget:
     return Budget(raw, stored, real.raw_bytes, real.stored_bytes, paper_ratio)
 
 
+def spell_loading(manifest: Manifest, opened: str, imported: str) -> list[str]:
+    """Return lines of Python that train on the set: `opened` reads it, by the name `imported` from stillroom.
+
+    They run as they are for every kind of label but "dynamic", which only teachers can give: of such a set they go
+    through images and classes, and say where the teachers come in.
+    """
+    if manifest.pool is not None:
+        return [
+            f"from stillroom import ReplayLoader, {imported}",
+            "",
+            f"for images, soft_labels in ReplayLoader({opened}, temperature=20):  # anew each epoch",
+            "    ...  # images float32 [batch, 3, height, width], augmented, normalised; soft_labels float32 "
+            "[batch, classes]",
+        ]
+    bare, comment = "", "soft_label float32 [64, classes], sums to one"
+    if manifest.label_kind == "dynamic":
+        bare, comment = ".with_labels(None)", "one_hot float32 [64, classes], its class"
+    name = "one_hot" if manifest.label_kind in ("dynamic", "hard") else "soft_label"
+    return [
+        "from torch.utils.data import DataLoader",
+        f"from stillroom import {imported}",
+        "",
+        *(
+            ["# No labels are stored: teachers make them of every augmented batch (stillroom evaluate does that).",
+             "# Without teachers only the classes are left, as hard labels:"] if bare else []
+        ),
+        f"for image, {name} in DataLoader({opened}{bare}.views(), batch_size=64, shuffle=True):",
+        f"    ...  # image float32 [64, 3, height, width], normalised; {comment.replace('soft_label', name)}",
+    ]  # fmt: skip
+
+
 def build_card(manifest: Manifest, claims: Sequence[Claim] = (), address: str | None = None) -> bytes:
     """README.md of the set that `manifest`, its `files` filled, describes; the front matter is read by dataset hubs.
 
@@ -80,21 +111,6 @@ def build_card(manifest: Manifest, claims: Sequence[Claim] = (), address: str | 
     }
     height, width = manifest.image_size
     views = manifest.views
-    example = [
-        "from torch.utils.data import DataLoader",
-        f"from stillroom import {opened.partition('(')[0]}",
-        "",
-        f"for image, soft_label in DataLoader({opened}.views(), batch_size=64, shuffle=True):",
-        "    ...  # image float32 [64, 3, height, width], normalised; soft_label float32 [64, classes], sums to one",
-    ]
-    if manifest.pool is not None:
-        example = [
-            f"from stillroom import ReplayLoader, {opened.partition('(')[0]}",
-            "",
-            f"for images, soft_labels in ReplayLoader({opened}, temperature=20):  # anew each epoch",
-            "    ...  # images float32 [batch, 3, height, width], augmented, normalised; soft_labels float32 "
-            "[batch, classes]",
-        ]
     lines = [
         "---",
         yaml.safe_dump(front, allow_unicode=True, sort_keys=False).rstrip(),
@@ -113,7 +129,7 @@ def build_card(manifest: Manifest, claims: Sequence[Claim] = (), address: str | 
         "## Train on it",
         "",
         "```python",
-        *example,
+        *spell_loading(manifest, opened, opened.partition("(")[0]),
         "```",
         "",
         "## What lies here",

@@ -3,8 +3,9 @@
     for claim in claims_of(results):            # of results.json or comparison.json, as plain dictionaries
         print(claim.sentence)
 
-A control counts as beaten where the 95 % interval of the mean difference, paired by seed (Student's t), lies above 0.
-That interval is of students of one set: another draw of images, or another distillation, is not in it.
+A control counts as beaten by three seeds or more where the 95 % interval of the mean difference, paired by seed
+(Student's t), lies above 0. That interval is of students of one set: another draw of images, or another distillation,
+is not in it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom, from 1; beyond them the last one, which is wider.
 STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
-Verdict = Literal["beaten", "too close to call", "not beaten", "one seed"]
+LEAST_SEEDS = 3  # that a control can be beaten by
+SAME = 1e-6  # points: deviations below it are of differences that are all the same, but for the rounding of floats
+
+Verdict = Literal["not beaten", "one seed", "too close to call", "beaten"]  # from the worst
 
 SETS = {"naturals": "its naturals alone"}
 BUDGETS = {"equal epochs": "at equal epochs", "equal steps": "in as many steps"}
@@ -43,11 +47,18 @@ class Against:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the control is beaten; never by one seed."""
+        """Whether the control is beaten; never by fewer than three seeds, nor by differences that are all the same.
+
+        Student's t supposes differences that vary continuously. Accuracies are counts of a finite test split, so a few
+        differences can be the same by chance: their deviation of 0 says nothing of the noise, but would make an
+        interval of no width, which lies above 0 whatever the mean. Two seeds have but one deviation to tell by.
+        """
         if self.mean <= 0:
             return "not beaten"
-        if self.interval is None:
+        if self.interval is None or self.deviation is None:
             return "one seed"
+        if self.seeds < LEAST_SEEDS or self.deviation < SAME:
+            return "too close to call"
         return "beaten" if self.interval[0] > 0 else "too close to call"
 
     @property
@@ -76,30 +87,35 @@ class Claim:
     against: tuple[Against, ...] = ()
     lost: tuple[str, ...] = ()  # controls that failed
     paper: float | None = None
+    base: str = ""  # the method without its settings, by whatever name: METHODS has it
+    made: str = ""  # what tells the set from others, whatever its labels
 
     @property
     def mean(self) -> float:
-        return statistics.mean(self.top1)
+        return spread_of(self.top1)[0]
 
     @property
     def deviation(self) -> float | None:
-        return statistics.stdev(self.top1) if len(self.top1) > 1 else None
+        return spread_of(self.top1)[1]
 
     @property
     def reached(self) -> str:
         """The accuracy with its uncertainty, such as "35.3 ± 0.6 % (3 seeds)"."""
-        return f"{spell_spread(self.mean, self.deviation)} % ({count_seeds(len(self.top1))})"
+        return spell_reached(self.top1)
 
     @property
-    def strongest(self) -> Against | None:
-        """The control that the set is least ahead of."""
-        return min(self.against, key=lambda each: each.mean, default=None)
+    def hardest(self) -> Against | None:
+        """The control that is hardest to beat: of the worst verdict, and of these the one that is least behind."""
+        order = get_args(Verdict)
+        return min(self.against, key=lambda each: (order.index(each.verdict), each.mean), default=None)
 
     @property
     def verdict(self) -> str:
-        """What the strongest control leaves of the claim, in one clause."""
+        """What the control that is hardest to beat leaves of the claim, in one clause."""
         lost = f"; failed: {len(self.lost)} of its controls" if self.lost else ""
-        if (control := self.strongest) is None:
+        if self.base == "random":
+            return f"these are random images themselves, which others are to beat{lost}"
+        if (control := self.hardest) is None:
             return f"no control stands beside it, so nothing says that it is better than random images{lost}"
         words = {
             "beaten": "it is ahead of",
@@ -107,7 +123,8 @@ class Claim:
             "not beaten": "it is not ahead of",
             "one seed": "one seed cannot tell it from",
         }
-        among = f", the strongest of {len(self.against)} controls" if len(self.against) > 1 else ", its only control"
+        count = len(self.against)
+        among = f", the hardest to beat of {count} controls" if count > 1 else ", its only control"
         points = spell_spread(control.mean, control.deviation, "+")
         return f"{words[control.verdict]} {control.control}{among} ({points} points){lost}"
 
@@ -139,12 +156,11 @@ def _of_cell(own: dict[str, Any], cells: Sequence[dict[str, Any]], results: dict
         for budget, labels in re.findall(r"(equal epochs|equal steps) \((\w+)\)", cell["budget"]):
             if labels == own["labels"]:
                 paired = [a - b for a, b in zip(own["top1"], cell["top1"], strict=True)]
-                deviation = statistics.stdev(paired) if len(paired) > 1 else None
                 control = spell_control(cell["set"], cell["labels"], budget, labels)
-                against.append(Against(control, statistics.mean(paired), deviation, len(paired)))
+                against.append(Against(control, *spread_of(paired), len(paired)))
     return Claim(
         own["set"], results["ipc"], own["labels"], results["student"], own["steps"], tuple(own["top1"]),
-        tuple(against), paper=results["paper"].get(own["labels"]),
+        tuple(against), paper=results["paper"].get(own["labels"]), base=own["set"], made=own["set"],
     )  # fmt: skip
 
 
@@ -161,9 +177,11 @@ def _of_row(row: dict[str, Any]) -> Claim:
         else:
             mean, deviation = difference
             against.append(Against(control, mean, deviation, len(row["top1"])))
+    asked = row.get("asked", row["method"])  # which older rows do not say, nor the method and the set
     return Claim(
         row["method"], row["ipc"], row["labels"], row["student"], row["steps"], tuple(row["top1"]), tuple(against),
-        tuple(lost), row["paper"][0] if row["paper"] else None,
+        tuple(lost), row["paper"][0] if row["paper"] else None, row.get("base", asked.partition(":")[0]),
+        row.get("fingerprint", asked),
     )  # fmt: skip
 
 
@@ -174,7 +192,7 @@ def spell_control(name: str, labels: str, budget: str, own: str) -> str:
 
 
 def headline(results: dict[str, Any]) -> str:
-    """Return what the results say in one line, its uncertainty and its strongest control included.
+    """Return what the results say in one line, its uncertainty and the control hardest to beat included.
 
     Of a run: its first kind of label, since a choice of the best would flatter. Of a comparison: the highest of its
     first kind of label, and that it was chosen so. Raises what `claims_of` raises.
@@ -183,10 +201,12 @@ def headline(results: dict[str, Any]) -> str:
     if "evaluation" in results:
         found = results["evaluation"]
         top1 = [100 * value for value in found["top1"]]
-        reached = Claim("", 0, "", "", 0, tuple(top1)).reached
+        its = results.get("set")  # which older ones do not say
+        of = "" if its is None else f"{describe_set(its, results['dataset']['name'])}, in {its['folder']}: "
         return (
-            f"{found['network']} students reach {reached} with {found['labels']} labels in {found['steps']:,} steps; "
-            "no control stands beside it, so nothing says that it is better than random images."
+            f"{of}{found['network']} students reach {spell_reached(top1)} with {found['labels']} labels in "
+            f"{found['steps']:,} steps; no control stands beside it, so nothing says that it is better than random "
+            "images."
         )
     name = results["dataset"]["name"]
     if not claims:
@@ -198,12 +218,29 @@ def headline(results: dict[str, Any]) -> str:
     highest = max(alike, key=lambda claim: claim.mean)
     if len(alike) == 1:
         return f"On {name}, {highest.sentence}"
-    verdict = "no method is above random images" if highest.method == "random" else highest.verdict
+    verdict = "no method is above random images" if highest.base == "random" else highest.verdict
+    sets = len({claim.made for claim in alike})
+    chosen_of = f"{sets} sets" if sets == len(alike) else f"{len(alike)} rows of {sets} set{'s' if sets > 1 else ''}"
     return (
         f"{name}, {first.ipc} images per class, {first.labels} labels, {first.student} students: the highest of "
-        f"{len(alike)} methods, chosen afterwards, is {highest.method} with {highest.reached} in {highest.steps:,} "
-        f"steps; {verdict}."
+        f"{chosen_of}, chosen afterwards, is {highest.method} with {highest.reached} in {highest.steps:,} steps; "
+        f"{verdict}."
     )
+
+
+def describe_set(facts: dict[str, Any], dataset: str) -> str:
+    """Return in words which set an evaluation was of, by its `facts` in results.json."""
+    return f"{facts['method']} on {dataset}, {facts['ipc']} images per class"
+
+
+def spread_of(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return mean and standard deviation; one value has no deviation."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def spell_reached(top1: Sequence[float]) -> str:
+    """Return accuracies in % with their uncertainty, such as "35.3 ± 0.6 % (3 seeds)"."""
+    return f"{spell_spread(*spread_of(top1))} % ({count_seeds(len(top1))})"
 
 
 def spell_spread(mean: float, deviation: float | None, sign: str = "") -> str:

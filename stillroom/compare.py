@@ -407,6 +407,8 @@ def compare_cell(entry: Entry, saved: DistilledSet, labels: LabelKind, cells: li
     return {
         "method": entry.name,
         "asked": entry.text,
+        "base": saved.manifest.method,
+        "fingerprint": saved.fingerprint,
         "set": None if entry.folder is not None else set_name(entry),
         **({} if entry.folder is None else {"folder": str(entry.folder)}),
         "ipc": entry.budget_ipc,

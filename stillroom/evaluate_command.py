@@ -12,13 +12,13 @@ import tyro
 
 from stillroom.compute import ComputeConfig, Plan, resolve_plan
 from stillroom.data import FACTS, DataConfig, RealData, hub_id, load_real
-from stillroom.distilled import DistilledSet, find_set, load_distilled
+from stillroom.distilled import DistilledSet, count_bytes, find_set, load_distilled
 from stillroom.engines import EngineName, carry_out
 from stillroom.errors import UsageError
 from stillroom.files import read_sealed, write_json
 from stillroom.labels import PoolConfig, attach_labels
 from stillroom.manifest import LabelKind, read_manifest
-from stillroom.pipeline import bound_settings, holds_labels, provenance
+from stillroom.pipeline import bound_settings, describe_budget, holds_labels, provenance
 from stillroom.protocols import PROTOCOLS, ProtocolName, name_protocol, protocol_student
 from stillroom.replay import with_batches_of
 from stillroom.run import Run
@@ -113,7 +113,8 @@ def _evaluate(
     settings["distilled"] = {role: facts.sha256 for role, facts in distilled.manifest.files.items()}
     plan = type(plan)(**run.bind_config(settings, plan.as_dict()))
     plan.activate()
-    kind = distilled.manifest.label_kind if command.labels == "stored" else command.labels
+    stored_kind = distilled.manifest.label_kind
+    kind = stored_kind if command.labels == "stored" else command.labels
     asked = None if command.labels == "stored" else command.pool
     holds = holds_labels(distilled, kind, asked)
     needs_teachers = kind not in ("hard", "learned") and (kind == "dynamic" or not holds)
@@ -126,7 +127,21 @@ def _evaluate(
     by = [teacher.name for teacher in teachers or distilled.manifest.teachers]
     protocol = name_protocol(command.student, real.image_size, [kind], by)
     if command.out is not None:
-        results = {"evaluation": asdict(result), "protocol": protocol, "provenance": provenance(plan)}
+        manifest = distilled.manifest
+        results = {
+            "evaluation": asdict(result),
+            "dataset": {"name": real.name, "classes": real.classes, "train": len(real.train), "test": len(real.test)},
+            "set": {
+                "folder": str(command.distilled),
+                "fingerprint": distilled.fingerprint,
+                "method": manifest.method,
+                "ipc": manifest.ipc,
+                "labels": stored_kind,
+            },
+            "bytes": describe_budget(count_bytes(distilled)),
+            "protocol": protocol,
+            "provenance": provenance(plan),
+        }
         write_json(command.out / "results.json", results)
     return real.name, real.classes, result, protocol
 

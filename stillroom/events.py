@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stillroom.errors import StillroomError
+
 POINTS = 80  # of a curve, at most
 END_OF_TIME = 2.5e11  # seconds: the year 9892, beyond which no calendar of Python's goes
 
@@ -35,6 +37,14 @@ class Training:
         if len(points) <= POINTS:
             return points
         return [points[round(number * (len(points) - 1) / (POINTS - 1))] for number in range(POINTS)]
+
+
+def require_run(directory: Path) -> None:
+    """Raise StillroomError where `directory` is no run's, nor a comparison's or an evaluation's."""
+    if not (directory / "config.json").exists():
+        raise StillroomError(
+            f"{directory} holds no config.json, so it is no run; give the directory of one, such as runs/demo"
+        )
 
 
 def event_files(directory: Path) -> list[Path]:

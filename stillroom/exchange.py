@@ -29,6 +29,7 @@ import torch
 from PIL import Image, JpegImagePlugin
 from torch import Tensor
 
+from stillroom.artifact import keep_original
 from stillroom.classnames import NUMBERED, match_classes, names_of_folders
 from stillroom.data import DataConfig, RealData, describe_real, fit_size, load_real
 from stillroom.distilled import DistilledSet
@@ -94,7 +95,8 @@ def import_set(source: Path | str, real: RealData | DataConfig, config: ImportCo
     """Return the published set `source`, a folder, a parquet or npz file or a Hub id, as a distilled set of `real`.
 
     Settings of the real data need not say the size of its images: it is that of the set's (see `data.fit_size`). JPEG
-    files of a quality that the manifest knows are kept as they are, others are stored losslessly. Labels are static
+    files of a quality that the manifest knows are kept as they are but for their metadata, others are stored
+    losslessly. Labels are static
     where soft labels come along, else hard. ``manifest.extra["import"]`` holds source, layout, measures and notes for
     the reader. Raises StillroomError for files that are missing, damaged, links or of another size, classes that cannot
     be matched beyond doubt, labels that cannot be read safely, and settings of another layout.
@@ -297,7 +299,7 @@ def _require_side(size: tuple[int, int], side: int, name: str) -> None:
 
 
 def _read_images(found: Found, side: int) -> tuple[Tensor, tuple[bytes, ...] | None, dict[str, Any]]:
-    """Return uint8 [n, 3, side, side], the files themselves where all can be kept, and facts for the manifest."""
+    """Return uint8 [n, 3, side, side], the files less metadata where all can be kept, and facts for the manifest."""
     stored, count = found.stored, len(found.labels)
     rows = np.arange(count)
     kinds = set()
@@ -314,7 +316,11 @@ def _read_images(found: Found, side: int) -> tuple[Tensor, tuple[bytes, ...] | N
     if kind is None:
         return pixels, None, {"image_encoding": "png"}
     items = [item for chunk in chunks for item in stored.fetch(chunk)]
-    files = tuple(item.read_bytes() if isinstance(item, Path) else bytes(item) for item in items)  # type: ignore[arg-type]
+    contents = (item.read_bytes() if isinstance(item, Path) else bytes(item) for item in items)  # type: ignore[arg-type]
+    # Who took a picture, where and with what is nothing that students see, but what a published set would tell.
+    files = tuple(file for file in map(keep_original, pixels, contents) if file is not None)
+    if len(files) < count:
+        return pixels, None, {"image_encoding": "png"}
     return pixels, files, {"image_encoding": kind[0], "subsampling": ("4:4:4", "4:2:2", "4:2:0")[kind[1]]}
 
 
@@ -329,7 +335,7 @@ def _plain_set(
     layout: str,
 ) -> DistilledSet:
     """Return the images as they are, without compensators."""
-    kept = "kept as they are" if files is not None else "stored losslessly"
+    kept = "kept as they are, without metadata" if files is not None else "stored losslessly"
     facts = {"source": source, "layout": layout, "notes": [*found.notes, f"images {kept}"]} | facts
     manifest = Manifest(
         method=config.method,

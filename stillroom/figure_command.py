@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from stillroom.errors import StillroomError, UsageError, suggest
+from stillroom.events import require_run
 from stillroom.gallery import FIGURES, check_picture, write_figure
 from stillroom.run import Run
 from stillroom.settings import parse_duration, parse_words, reading_words
@@ -45,10 +46,7 @@ def figure_command(words: list[str]) -> int:
     with reading_words():
         check_picture(out)
     limit = parse_duration(command.time_limit)
-    if not (command.runs[0] / "config.json").exists():  # before a folder is made in it
-        raise StillroomError(
-            f"{command.runs[0]} holds no config.json, so it is no run; give the directory of one, such as runs/demo"
-        )
+    require_run(command.runs[0])  # before a folder is made in it
     figure = FIGURES[command.name]
     try:
         kept = Run(command.keep or folder, time_limit=limit)

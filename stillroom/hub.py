@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stillroom.artifact import OWN_DATA_FILE, check_part
+from stillroom.artifact import OWN_DATA_FILE, check_part, strip_metadata
 from stillroom.card import build_card
 from stillroom.claims import Claim, claims_of
 from stillroom.data import hub_id
@@ -29,7 +29,12 @@ from stillroom.manifest import CARD_ROLES, MANIFEST_NAME, FileFacts, Manifest, e
 
 LARGEST_MANIFEST = 2**26  # bytes; of the one file that is fetched before anything says how large it should be
 OWN_FILES = (".gitattributes", MANIFEST_NAME, "README.md", "contact_sheet.png")  # beside those named by their hash
-LOCAL_PATH = re.compile(r"(?:/|~|\.{1,2}/|[A-Za-z]:[\\/]|\\\\).+")
+LOCAL_PATH = re.compile(r"(?:file:|/|~|\.{1,2}/|[A-Za-z]:[\\/]|\\\\).+")
+PATH_WITHIN = re.compile(r"(?<![^\s='\"(\[,;])(?:file:/|/|~/|\.{1,2}/|[A-Za-z]:[\\/]|\\\\)[^\s'\",;)\]]+")  # a text
+RELATIVE_WITHIN = re.compile(r"[^\s'\",;()\[\]]+[\\/][^\s'\",;()\[\]]+")  # a note of an import
+ADDRESS = re.compile(r"(?!file:)\w+://\S+")
+PLACES = ("class_order", "soft_labels", "naturals")  # settings that hold paths, which may have spaces
+FROM_HUB = "from the Hub, as it is at "  # begins what an import notes of a set that it fetched there
 SHOWN_NAMES = 10
 
 
@@ -78,20 +83,27 @@ def prepare(path: Path | str, repo: str, private: bool = False) -> Publication:
     """Return what `send` would send of the set in the folder, or run's directory, `path`, which is verified whole.
 
     The card is written anew, with what the set's run found beside its controls, where its results are there; one that
-    was edited is sent as it is. Paths of this machine that settings hold are cut to their last part. Raises
-    StillroomError for a set that is not whole and for a name that the Hub does not take.
+    was edited is sent as it is. Paths of this machine that settings hold are cut to their last part, and where an
+    imported set was read from is left out unless that is the Hub. Raises StillroomError for a set that is not whole,
+    for image files with metadata, and for a name that the Hub does not take.
     """
     _require_name(repo)
     folder = find_set(Path(path))
-    manifest = load_distilled(folder, ignore_card=True).manifest
+    distilled = load_distilled(folder, ignore_card=True)
+    manifest = distilled.manifest
+    if tells := [row for row, file in enumerate(distilled.image_files or ()) if not _is_bare(file)]:
+        raise StillroomError(
+            f"push {repo}: images {str(tells[:3])[1:-1]}{', ...' if len(tells) > 3 else ''} of {folder} are JPEG files "
+            "with metadata, which may say where and by whom they were made; import the set again, which leaves it out"
+        )
     check_part(folder, "contact_sheet", manifest.files["contact_sheet"])
     notes: list[str] = []
     bare = replace(
         manifest,
         recipe=_without_paths(manifest.recipe, "recipe", notes),
-        extra=_without_paths(manifest.extra, "extra", notes),
+        extra=_without_paths(_without_source(manifest.extra, notes), "extra", notes),
     )
-    claims = _find_claims(folder, manifest)
+    claims = _find_claims(folder, distilled)
     notes.append(f"results of its run: {len(claims)}, each beside its controls" if claims else "results: none")
     card = _edited_card(folder, manifest)
     if card is None:
@@ -225,15 +237,58 @@ def _without_paths(value: Any, where: str, notes: list[str]) -> Any:
         return {key: _without_paths(item, f"{where}.{key}", notes) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_paths(item, f"{where}[{index}]", notes) for index, item in enumerate(value)]
-    if isinstance(value, str) and LOCAL_PATH.fullmatch(value):
-        last = re.split(r"[\\/]", value.rstrip("\\/"))[-1]
-        notes.append(f"{where} in {MANIFEST_NAME} is a path of this machine, {value!r}; it is sent as {last!r}")
-        return last
-    return value
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"([\w.-]+=)?(.*)", value, re.DOTALL)  # network=path of a checkpoint
+    assert found is not None
+    name, text = found[1] or "", found[2]
+    relative = re.search(r"[\\/]", text) and not ADDRESS.fullmatch(text)
+    one_word = not re.search(r"\s", text) or where.rpartition(".")[2] in PLACES
+    is_path = LOCAL_PATH.fullmatch(text) or (relative and one_word)
+    last = name + (_last_part(text) if is_path else PATH_WITHIN.sub(lambda path: _last_part(path[0]), text))
+    if last != value:
+        what = "is" if is_path else "holds"
+        notes.append(f"{where} in {MANIFEST_NAME} {what} a path of this machine, {value!r}; it is sent as {last!r}")
+    return last
 
 
-def _find_claims(folder: Path, manifest: Manifest) -> list[Claim]:
-    """Return what the set's run found, none where its results are not beside it or are of another set."""
+def _last_part(path: str) -> str:
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+
+
+def _without_source(extra: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    """Return `extra` without where an imported set was read from, which is noted, unless it is the Hub.
+
+    Only what the import noted tells: "clinic/ada" may be a folder of its machine as well as an address on the Hub.
+    """
+    facts = extra.get("import", {})
+    source, said = facts.get("source"), facts.get("notes", [])
+    if source is None:
+        return extra
+    if any(note.startswith(FROM_HUB) for note in said):
+        return extra | {"import": facts | {"source": f"hf://{source.removeprefix('hf://')}"}}  # as no folder is written
+    notes.append(f"extra.import.source in {MANIFEST_NAME}, {source!r}, is where the set was read from; it is not sent")
+    kept = {key: value for key, value in facts.items() if key != "source"}
+    if re.search(r"[\\/]", source):  # "." is in every sentence
+        said = [note.replace(source, "the published set") for note in said]
+    said = [RELATIVE_WITHIN.sub(lambda path: _last_part(path[0]), note) for note in said]
+    return extra | {"import": kept | {"notes": said}}
+
+
+def _is_bare(file: bytes) -> bool:
+    """Whether an image file is no JPEG with metadata."""
+    try:
+        return not file.startswith(b"\xff\xd8") or strip_metadata(file) == file
+    except (ValueError, IndexError):  # cut short: what may be in it cannot be told
+        return False
+
+
+def _find_claims(folder: Path, distilled: DistilledSet) -> list[Claim]:
+    """Return what the set's run found, none where its results are not beside it or are of another set.
+
+    Results say of which set they are by its fingerprint and its labels' SHA-256; those of older versions do not, and so
+    are nobody's.
+    """
     path = folder.resolve().parent / "results.json"
     if folder.resolve().name != "distilled" or not path.is_file():
         return []
@@ -244,7 +299,9 @@ def _find_claims(folder: Path, manifest: Manifest) -> list[Claim]:
         raise StillroomError(
             f"{path} does not hold a run's results ({error!r}); restore it, or move it away to publish without"
         ) from error
-    return [claim for claim in claims if (claim.method, claim.ipc) == (manifest.method, manifest.ipc)]
+    labels = distilled.manifest.files.get("labels")
+    of_it = (distilled.fingerprint, labels.sha256 if labels else None)
+    return claims if (results.get("fingerprint"), results.get("labels_sha256")) == of_it else []
 
 
 def _edited_card(folder: Path, manifest: Manifest) -> bytes | None:

@@ -339,6 +339,8 @@ def run_recipe(recipe: Recipe, run: Run, name: str = "custom") -> dict[str, Any]
         "dataset": {"name": real.name, "classes": real.classes, "train": len(real.train), "test": len(real.test)},
         "teachers": {t.name: {k: round(100 * v, 2) for k, v in t.accuracy.items()} for t in teachers},
         "ipc": recipe.ipc,
+        "fingerprint": distilled.fingerprint,
+        "labels_sha256": f.sha256 if (f := distilled.manifest.files.get("labels")) else None,
         "seeds": list(recipe.seeds),
         "student": recipe.student.network,
         "protocol": name_protocol(

@@ -141,7 +141,10 @@ PARTS: dict[str, tuple[Column, ...]] = {
             lambda row: _spread(row.get("over_hard"), "+"),
         ),
         Column("paper", "what is published for this very cell, where it is one", lambda row: _spread(row["paper"])),
-        Column("protocol", "how students are trained, by name; own: by settings of this run", lambda r: r["protocol"]),
+        Column(
+            "protocol", "how students are trained, by name; own: by settings of this run",
+            lambda row: row.get("protocol", "-"),
+        ),
     ),
     "What its controls reach, top-1 in %": tuple(
         Column(
@@ -159,7 +162,7 @@ PARTS: dict[str, tuple[Column, ...]] = {
     "What it holds and costs": (
         Column(
             "images a class", "images that the set holds, over its classes; compensators apart",
-            lambda row: f"{row['holds']['images_per_class']:g}",
+            lambda row: f"{row['holds']['images_per_class']:g}" if "holds" in row else "-",
         ),
         Column("images, bytes", "raw bytes of its pixels", _size("images")),
         Column("compensators, bytes", "raw bytes of its compensators as stored", _size("compensators")),

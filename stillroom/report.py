@@ -22,10 +22,10 @@ from typing import Any, Literal
 import yaml
 from PIL import Image
 
-from stillroom.card import budget_of
-from stillroom.claims import Claim, Verdict, claims_of, count_seeds, headline, spell_spread
+from stillroom.card import budget_of, spell_loading
+from stillroom.claims import Claim, Verdict, claims_of, count_seeds, describe_set, headline, spell_spread, spread_of
 from stillroom.errors import StillroomError
-from stillroom.events import Training, event_files, read_events, read_lines, seconds_within, trainings_of
+from stillroom.events import Training, event_files, read_events, read_lines, require_run, seconds_within, trainings_of
 from stillroom.figures.style import COLOURS, colours_of, listed
 from stillroom.files import read_bytes, read_json, read_sealed
 from stillroom.manifest import Manifest, read_manifest
@@ -48,6 +48,7 @@ from stillroom.render import FIRST, PARTS, caption_of, failures_of, parts_of
 SHEET_BYTES = 150_000  # of a contact sheet on the page; a larger one is shown smaller
 SHEET_SIDE = 400
 PANELS = 24  # of curves, at most
+DIFFERING, LONGEST = 3, 80  # settings, and characters, by which runs of one title are told apart, at most
 
 MARKS: dict[Verdict, tuple[str, str]] = {  # a sign and a class of style; the words beside it say the same
     "beaten": ("✓", "beaten"),
@@ -89,10 +90,11 @@ class Opened:
         """What it is, in a few words."""
         results = self.results or {}
         if self.kind == "comparison":
-            methods = list(dict.fromkeys(row["method"] for row in results["rows"]))
+            methods = {row.get("asked", row["method"]) for row in results["rows"]}
             return f"{len(methods)} methods on {results['dataset']['name']}" if methods else "a comparison without rows"
         if self.kind == "evaluation":
-            return f"students by {results['evaluation']['labels']} labels"
+            by, its = f"students by {results['evaluation']['labels']} labels", results.get("set")  # older ones lack it
+            return by if its is None else f"{describe_set(its, results['dataset']['name'])}: {by}"
         manifest = next((manifest for _, manifest in self.sets.values()), None)
         if manifest is not None:
             return f"{manifest.method} on {manifest.dataset.name}, {manifest.ipc} images per class"
@@ -104,23 +106,34 @@ def open_run(directory: Path) -> Opened:
 
     Raises StillroomError where it is no run, and where a file in it is damaged.
     """
-    config = directory / "config.json"
-    if not config.exists():
-        raise StillroomError(
-            f"{directory} holds no config.json, so it is no run; give the directory of one, such as runs/demo"
-        )
-    settings = read_sealed(config, ("settings",))["settings"]
+    require_run(directory)
+    settings = read_sealed(directory / "config.json", ("settings",))["settings"]
     names = [name for name in ("comparison.json", "results.json") if (directory / name).exists()]
     results = read_json(directory / names[0]) if names else None
     sets = {}
     for folder in [directory, *sorted((directory / "sets").glob("*"))]:
         if (folder / "distilled" / "manifest.json").exists():
             sets[folder.name] = (folder / "distilled", read_manifest(folder / "distilled"))
+    with as_written(directory):
+        sets |= _evaluated(results, settings)
     opened = Opened(directory, settings, results, sets, tuple(read_events(directory)))
     with as_written(directory):
         if results is not None:
             claims_of(results)
     return opened
+
+
+def _evaluated(results: Any, settings: dict[str, Any]) -> dict[str, tuple[Path, Manifest]]:
+    """Return the set of an evaluation by its folder, where it lies there as it was: with the same files."""
+    if not isinstance(results, dict) or "set" not in results or "evaluation" not in results:
+        return {}
+    given = Path(results["set"]["folder"])
+    for folder in (given / "distilled", given):
+        if (folder / "manifest.json").exists():
+            manifest = read_manifest(folder)
+            same = {role: held.sha256 for role, held in manifest.files.items()} == settings.get("distilled")
+            return {str(given): (folder, manifest)} if same else {}
+    return {}
 
 
 def build_report(
@@ -133,11 +146,10 @@ def build_report(
     """
     if not runs:
         raise StillroomError("runs is empty; give the directory of a run or of a comparison, such as runs/demo")
-    scale, titles = _scale_of(runs), []
-    bodies = []
+    scale = _scale_of(runs)
+    titles, bodies = _titles(runs), []
     for number, run in enumerate(runs):
         with as_written(run.directory):
-            titles.append(run.title)
             place = f"run{number}-" if len(runs) > 1 else ""
             bodies.append(list(_sections(run, figures.get(run.directory, {}), scale, place)))
     title = titles[0] if len(runs) == 1 else f"{len(runs)} runs"
@@ -148,7 +160,7 @@ def build_report(
         inside = [_claim(runs[0]), *said, _contents(links), *(part for _, _, part in parts)]
     else:
         links = [("beside each other", "overview"), *((name, f"run{n}") for n, name in enumerate(titles))]
-        inside = [*said, _contents(links), _overview(runs, scale)]
+        inside = [*said, _contents(links), _overview(runs, titles, scale)]
         for number, (run, name, parts) in enumerate(zip(runs, titles, bodies, strict=True)):
             inside.append(section(name, f"run{number}", _claim(run), *(part for _, _, part in parts)))
     made = time.strftime("%Y-%m-%d", time.localtime(max((_last_time(run) for run in runs), default=0.0)))
@@ -274,8 +286,9 @@ def _panels(run: Opened) -> dict[str, list[Strip]]:
 
 
 def _strip(name: str, top1: Sequence[float], own: bool) -> Strip:
-    claim = Claim("", 0, "", "", 0, tuple(map(float, top1)))
-    return Strip(name, claim.top1, claim.mean, claim.deviation, spell_spread(claim.mean, claim.deviation), own)
+    values = tuple(map(float, top1))
+    mean, deviation = spread_of(values)
+    return Strip(name, values, mean, deviation, spell_spread(mean, deviation), own)
 
 
 def _scale_of(runs: Sequence[Opened]) -> tuple[float, float]:
@@ -311,16 +324,17 @@ def _results(run: Opened, scale: tuple[float, float]) -> list[Html]:
     if with_controls:
         lines = []
         for claim in with_controls:
-            assert claim.strongest is not None
-            lines.append(_marked(claim.strongest.verdict, claim.sentence))
-        parts += [element("h3", "Each method beside its strongest control"), element("ul", *lines, class_="verdicts")]
+            assert claim.hardest is not None
+            lines.append(_marked(claim.hardest.verdict, claim.sentence))
+        title = "Each method beside the control that is hardest to beat"
+        parts += [element("h3", title), element("ul", *lines, class_="verdicts")]
     if claims:
         parts.append(
             element(
                 "p",
-                "A control counts as beaten where the 95 % interval of the mean difference, paired by seed "
-                "(Student's t), lies above 0. Seeds are of students of one set: neither another draw of images nor "
-                "another distillation is in the spread.",
+                "A control counts as beaten by three seeds or more where the 95 % interval of the mean difference, "
+                "paired by seed (Student's t), lies above 0. Seeds are of students of one set: neither another draw of "
+                "images nor another distillation is in the spread.",
                 class_="soft",
             )
         )
@@ -440,7 +454,8 @@ def _tables(run: Opened, prefix: str) -> list[Html]:
         seeds = count_seeds(len(run.results["seeds"]))
         teachers = ", ".join(f"{name} {top['top1']:.1f} %" for name, top in run.results["teachers"].items())
         caption = (
-            f"Every cell, top-1 in %, mean ± standard deviation over {seeds}; protocol: {run.results['protocol']}; "
+            f"Every cell, top-1 in %, mean ± standard deviation over {seeds}; protocol: "
+            f"{run.results.get('protocol', '-')}; "
             f"teachers: {teachers or 'none'}."
         )
         return [_cell_table(run.results["cells"], caption, prefix)]
@@ -476,24 +491,7 @@ def _cell_table(cells: Sequence[dict[str, Any]], caption: str, prefix: str) -> H
 def _loading(run: Opened) -> list[Html]:
     parts = []
     for name, (folder, manifest) in run.sets.items():
-        if manifest.pool is not None:
-            lines = [
-                "from stillroom import ReplayLoader, load_distilled",
-                "",
-                f"for images, soft_labels in ReplayLoader(load_distilled({str(folder)!r}), temperature=20):",
-                "    ...  # float32 [batch, 3, height, width], augmented, normalised; float32 [batch, classes]",
-            ]
-        else:
-            lines = [
-                "from torch.utils.data import DataLoader",
-                "",
-                "from stillroom import load_distilled",
-                "",
-                f"distilled = load_distilled({str(folder)!r})",
-                "for image, soft_label in DataLoader(distilled.views(), batch_size=64, shuffle=True):",
-                "    ...  # float32 [64, 3, height, width], normalised; float32 [64, classes], sums to one",
-            ]
-        text = "\n".join(lines)
+        text = "\n".join(spell_loading(manifest, f"load_distilled({str(folder)!r})", "load_distilled"))
         if len(run.sets) > 1:
             parts.append(element("details", element("summary", name), code(text, f"Python that loads {name}")))
         else:
@@ -548,26 +546,55 @@ def _provenance(run: Opened) -> list[Html]:
 # -- several runs --------------------------------------------------------------------------------------------------
 
 
-def _overview(runs: Sequence[Opened], scale: tuple[float, float]) -> Html:
+def _titles(runs: Sequence[Opened]) -> list[str]:
+    """Return the runs' titles, those that would be the same told apart: by settings, if few differ, or by directory."""
+    titles: list[str] = []
+    for run in runs:
+        with as_written(run.directory):
+            titles.append(run.title)
+    told = list(titles)
+    for title in {title for title in titles if titles.count(title) > 1}:
+        places = [place for place, own in enumerate(titles) if own == title]
+        flat = [dict(_settings(runs[place].settings)) for place in places]
+        known = dict.fromkeys(name for each in flat for name in each)
+        names = [name for name in known if len({each.get(name) for each in flat}) > 1]
+        parts = [", ".join(f"{name} {each.get(name, '-')}" for name in names) for each in flat]
+        if len(names) > DIFFERING or len(set(parts)) < len(parts) or max(map(len, parts)) > LONGEST:
+            parts = [str(runs[place].directory) for place in places]
+        for place, part in zip(places, parts, strict=True):
+            told[place] = f"{title}: {part}"
+    return told
+
+
+def _settings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield each setting in a nested dictionary: its name with dots, and its value as text."""
+    if not isinstance(value, dict):
+        yield name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return
+    for key, each in value.items():
+        yield from _settings(each, f"{name}.{key}" if name else str(key))
+
+
+def _overview(runs: Sequence[Opened], titles: Sequence[str], scale: tuple[float, float]) -> Html:
     """Return what several runs say side by side: a small chart of each on one scale, and one table."""
     charts, rows = [], []
     for number, run in enumerate(runs):
         with as_written(run.directory):
-            link = element("a", run.title, href=f"#run{number}")
+            link = element("a", titles[number], href=f"#run{number}")
             drawn = [
                 join(element("p", text, class_="soft"), strips(lines, *scale)) for text, lines in _panels(run).items()
             ] or [element("p", "no accuracies yet", class_="soft")]
             charts.append(element("div", element("h3", link), *drawn))
             for claim in claims_of(run.results) if run.results is not None else ():
-                strongest = claim.strongest
-                behind = "-" if strongest is None else spell_spread(strongest.mean, strongest.deviation, "+")
-                which = "no control" if strongest is None else f"{strongest.verdict}: {strongest.control}"
+                hardest = claim.hardest
+                behind = "-" if hardest is None else spell_spread(hardest.mean, hardest.deviation, "+")
+                which = "no control" if hardest is None else f"{hardest.verdict}: {hardest.control}"
                 first = [str(run.directory), claim.method, f"{claim.ipc}", claim.labels, claim.student]
                 rows.append([*first, f"{claim.steps:,}", spell_spread(claim.mean, claim.deviation), behind, which])
-    header = ["run", "method", "ipc", "labels", "student", "steps", "top-1", "vs strongest control", "verdict"]
+    header = ["run", "method", "ipc", "labels", "student", "steps", "top-1", "vs hardest control", "verdict"]
     caption = (
-        "Every result beside its strongest control. Runs may differ in data, students and steps: only what is of one "
-        "run is matched."
+        "Every result beside the control that is hardest to beat. Runs may differ in data, students and steps: only "
+        "what is of one run is matched."
     )
     parts = [element("p", f"Top-1 in %, all charts from {scale[0]:g} to {scale[1]:g}.", class_="soft")]
     parts.append(element("div", *charts, class_="wide"))

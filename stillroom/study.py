@@ -21,6 +21,7 @@ from stillroom.compute import ComputeConfig, Plan, resolve_plan
 from stillroom.data import DataConfig, RealData, load_real
 from stillroom.distilled import DistilledSet, load_distilled
 from stillroom.errors import StillroomError, check_choices, suggest
+from stillroom.events import require_run
 from stillroom.files import read_json, read_sealed, sha256_bytes
 from stillroom.grid import OWN_LABELS, slug
 from stillroom.images import Images
@@ -406,10 +407,7 @@ def find_sets(run: Path) -> list[Made]:
     Sets that were there before the comparison are among them, whether they are still there or not. Raises
     StillroomError where `run` is neither, or has neither a set nor finished rows yet.
     """
-    if not (run / "config.json").exists():
-        raise StillroomError(
-            f"{run} holds no config.json, so it is no run; give the directory of one, such as runs/demo"
-        )
+    require_run(run)
     made = []
     results = run / "comparison.json"
     rows = read_results(results)["rows"] if results.exists() else []

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stillroom.errors import StillroomError, UsageError
-from stillroom.events import event_files, parse_events
+from stillroom.events import event_files, parse_events, require_run
 from stillroom.files import read_json, read_sealed
 from stillroom.run import is_held
 from stillroom.settings import parse_words
@@ -119,12 +119,8 @@ def read_progress(directory: Path, events: Sequence[dict[str, Any]]) -> Progress
 
     Raises StillroomError where it is no run, or its configuration is damaged.
     """
-    config = directory / "config.json"
-    if not config.exists():
-        raise StillroomError(
-            f"{directory} holds no config.json, so it is no run; give the directory of one, such as runs/demo"
-        )
-    settings = read_sealed(config, ("settings",))["settings"]
+    require_run(directory)
+    settings = read_sealed(directory / "config.json", ("settings",))["settings"]
     reports = read_reports(directory)
     running, state = _state(directory, events, reports)
     done = Counter(path.name.partition("-")[0] for path in directory.glob("units/*") if path.suffix != ".tmp")

@@ -37,6 +37,10 @@ def test_beyond_the_table_the_interval_is_wider_than_students() -> None:
         (2.5, 1.0, 3, "beaten"),  # half of the interval: 4.30 / sqrt(3) = 2.48
         (2.4, 1.0, 3, "too close to call"),
         (8.9, 1.0, 2, "too close to call"),  # 12.71 / sqrt(2) = 8.99
+        (9.1, 1.0, 2, "too close to call"),  # above 0, but of two seeds
+        (0.1, 0.0, 2, "too close to call"),
+        (5.0, 0.0, 5, "too close to call"),  # the same by chance
+        (5.0, 1e-15, 5, "too close to call"),  # as above, but for the rounding of floats
         (0.0, 0.0, 3, "not beaten"),
         (-0.1, 5.0, 3, "not beaten"),
         (20.0, None, 1, "one seed"),
@@ -47,6 +51,22 @@ def test_a_control_is_beaten_beyond_the_noise_alone(
     mean: float, deviation: float | None, seeds: int, verdict: str
 ) -> None:
     assert Against("control", mean, deviation, seeds).verdict == verdict
+
+
+def test_the_control_that_is_named_is_the_one_hardest_to_beat() -> None:
+    beaten, unclear = Against("beaten", 2.0, 0.3, 3), Against("unclear", 2.1, 4.0, 3)
+    far, behind = Against("far", 9.0, 0.1, 3), Against("behind", -0.1, 0.1, 3)
+    for against, name in (
+        ((beaten, unclear), "unclear"), ((far, beaten), "beaten"), ((unclear, behind, beaten), "behind"),
+        ((Against("one", 5.0, None, 1), Against("other", 4.0, None, 1)), "other"),
+    ):  # fmt: skip
+        claim = Claim("infer", 10, "static", "convnet", 300, (50.0, 51.0, 52.0), against)
+        assert claim.hardest is not None
+        assert claim.hardest.control == name
+    claim = Claim("infer", 10, "static", "convnet", 300, (50.0, 51.0, 52.0), (beaten, unclear))
+    assert claim.verdict == (
+        "3 seeds are too few to tell it from unclear, the hardest to beat of 2 controls (+2.1 ± 4.0 points)"
+    )
 
 
 def test_a_runs_claims_are_paired_by_seed_with_each_of_its_controls(finished: Finished) -> None:
@@ -65,9 +85,9 @@ def test_a_runs_claims_are_paired_by_seed_with_each_of_its_controls(finished: Fi
                     expected[f"{what} with {labels} labels {words}"] = (differences.mean(), differences.std(ddof=1))
         assert len(expected) == 6
         assert {each.control: pytest.approx((each.mean, each.deviation)) for each in claim.against} == expected
-        assert claim.strongest is not None
-        assert claim.strongest.mean == pytest.approx(min(mean for mean, _ in expected.values()))
-        assert claim.strongest.control in claim.sentence
+        assert claim.hardest is not None
+        assert claim.hardest.mean == pytest.approx(min(mean for mean, _ in expected.values()))
+        assert claim.hardest.control in claim.sentence
 
 
 def test_a_comparisons_claims_are_those_of_its_rows(compared: Finished) -> None:
@@ -87,12 +107,31 @@ def test_the_headline_says_what_is_not_beaten_and_that_the_highest_was_chosen() 
     rows = [row_of("infer", [50.0, 52.0, 51.0], differences=behind), row_of("random", [40.0, 41.0, 42.0])]
     text = headline({"dataset": {"name": "toys"}, "rows": rows})
     assert text == (
-        "toys, 10 images per class, static labels, convnet students: the highest of 2 methods, chosen afterwards, is "
+        "toys, 10 images per class, static labels, convnet students: the highest of 2 sets, chosen afterwards, is "
         "infer with 51.0 ± 1.0 % (3 seeds) in 1,200 steps; it is not ahead of random images with the same labels in as "
-        "many steps, the strongest of 2 controls (-1.5 ± 0.5 points)."
+        "many steps, the hardest to beat of 2 controls (-1.5 ± 0.5 points)."
     )
     rows = [row_of("sre2l", [4.0, 5.0, 6.0]), row_of("random", [40.0, 41.0, 42.0])]
     assert headline({"dataset": {"name": "toys"}, "rows": rows}).endswith("no method is above random images.")
+
+
+@pytest.mark.parametrize("told", [{"base": "random"}, {"asked": "random:distill_seed=1"}])
+def test_random_images_by_another_name_are_not_said_to_lack_a_control(told: dict[str, str]) -> None:
+    random = row_of("baseline", [40.0, 41.0, 42.0], **told)
+    rows = [row_of("sre2l", [4.0, 5.0, 6.0]), random]
+    assert headline({"dataset": {"name": "toys"}, "rows": rows}).endswith("; no method is above random images.")
+    alone = headline({"dataset": {"name": "toys"}, "rows": [random]})
+    assert alone.endswith("; these are random images themselves, which others are to beat.")
+    assert "better than random" not in alone
+
+
+@pytest.mark.parametrize(("known", "asked"), [({"fingerprint": "ab"}, {}), ({}, {"asked": "set:theirs"})])
+def test_one_set_by_two_kinds_of_label_is_one_set(known: dict[str, str], asked: dict[str, str]) -> None:
+    rows = [row_of(name, [40.0, 41.0], **known, **asked) for name in ("theirs", "theirs, its own labels")]
+    results = {"dataset": {"name": "toys"}, "rows": rows}
+    assert "the highest of 2 rows of 1 set, chosen afterwards, is theirs" in headline(results)
+    rows.append(row_of("infer", [4.0, 5.0]))
+    assert "the highest of 3 rows of 2 sets, chosen afterwards, is theirs" in headline(results)
 
 
 def test_one_seed_carries_no_claim() -> None:
@@ -133,5 +172,5 @@ def test_an_evaluation_says_that_it_has_no_control() -> None:
 
 def test_a_claim_without_controls_is_none_of_being_better() -> None:
     claim = Claim("infer", 10, "static", "convnet", 300, (50.0, 51.0))
-    assert claim.strongest is None
+    assert claim.hardest is None
     assert "nothing says that it is better" in claim.sentence

@@ -619,6 +619,7 @@ def test_a_set_stands_by_the_labels_that_it_came_with_too(toy_recipe: Recipe, pl
     assert own["top1"] < static["top1"]
     assert own["over_hard"][0] == pytest.approx(own["top1"][0] - hard["top1"][0])
     assert own["bytes"]["raw"] == static["bytes"]["raw"]
+    assert {(row["base"], row["fingerprint"]) for row in results["rows"]} == {("infer", mine.fingerprint)}
     published = load_distilled(tmp_path / "published")
     apart = students.evaluate(published, load_real(recipe.data), student, (0,), plan, Run())
     assert own["top1"] == [round(100 * v, 3) for v in apart.top1]

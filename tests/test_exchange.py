@@ -400,6 +400,18 @@ def test_jpeg_files_of_a_known_quality_are_kept_and_others_stored_losslessly(toy
     assert kept.image_files[0] == (tmp_path / "kept" / "0" / "class000_id000.jpg").read_bytes()
     kept.save(tmp_path / "saved")
     assert torch.equal(load_distilled(tmp_path / "saved").images, kept.images)
+    tags = Image.Exif()
+    tags[0x013B] = "Ada of the clinic"
+    for path in (tmp_path / "kept").glob("*/*.jpg"):
+        with Image.open(path) as picture:
+            picture.save(path, quality=75, exif=tags, comment="bed 7")
+    told = import_set(tmp_path / "kept", toy)
+    assert told.manifest.image_encoding == "jpeg75"
+    told.save(tmp_path / "told")
+    stored = b"".join(load_distilled(tmp_path / "told").image_files or ())
+    assert stored.startswith(b"\xff\xd8")
+    assert not any(secret in stored for secret in (b"Exif", b"Ada", b"bed 7"))
+    assert torch.equal(told.images, load_distilled(tmp_path / "told").images)
     with Image.open(tmp_path / "kept" / "0" / "class000_id000.jpg") as picture:
         picture.save(tmp_path / "kept" / "0" / "class000_id000.jpg", quality=60)
     other = import_set(tmp_path / "kept", toy)

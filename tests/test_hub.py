@@ -366,7 +366,11 @@ def test_paths_of_this_machine_do_not_travel(stub: StubHub, finished: Finished, 
     folder = tmp_path / "set"
     shutil.copytree(find_set(finished.directory), folder)
     manifest = read_manifest(folder)
-    secret = {"naturals": "/home/ada/secret/prepared", "note": "a/b is no path", "list": ["C:\\ada\\x", "~/y/"]}
+    secret = {
+        "naturals": "/home/ada/secret/prepared", "note": "a/b is no path, at 16 / 26 %", "list": ["C:\\ada\\x", "~/y/"],
+        "file": "file:///home/ada/z", "checkpoint": "resnet18=/home/ada/w.pt", "relative": "ada/secret/v",
+        "soft_labels": "my ada/u.npy", "text": "read from /home/ada/t.npz, whole", "address": "https://some.where/t",
+    }  # fmt: skip
     (folder / "manifest.json").write_bytes(encode_manifest(replace(manifest, recipe=manifest.recipe | secret)))
     publication = hub.prepare(folder, "owner/toy")
     assert "recipe.naturals in manifest.json is a path of this machine" in "\n".join(publication.lines)
@@ -374,7 +378,63 @@ def test_paths_of_this_machine_do_not_travel(stub: StubHub, finished: Finished, 
     files = stub.repos["owner/toy"][-1]
     assert b"ada" not in files["manifest.json"] + files["README.md"]
     recipe = stillroom.load("owner/toy").manifest.recipe
-    assert (recipe["naturals"], recipe["note"], recipe["list"]) == ("prepared", "a/b is no path", ["x", "y"])
+    assert {key: recipe[key] for key in secret} == secret | {
+        "naturals": "prepared", "list": ["x", "y"], "file": "z", "checkpoint": "resnet18=w.pt", "relative": "v",
+        "soft_labels": "u.npy", "text": "read from t.npz, whole",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("source", ["clinic/ada", "hf://owner/published", "owner/published"])
+def test_where_an_imported_set_was_read_from_does_not_travel_unless_it_is_the_hub(
+    finished: Finished, tmp_path: Path, source: str
+) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(find_set(finished.directory), folder)
+    manifest = read_manifest(folder)
+    notes = [
+        f"soft labels of {source}",
+        f"classes in the order of {'' if 'owner' in source else 'my/'}order.txt",
+        *(["from the Hub, as it is at 123"] if "owner" in source else []),
+    ]
+    extra = {"import": {"source": source, "layout": "folder", "notes": notes}}
+    (folder / "manifest.json").write_bytes(encode_manifest(replace(manifest, extra=extra)))
+    publication = hub.prepare(folder, "owner/toy")
+    sent, said = publication.manifest.extra["import"], "\n".join(publication.lines)
+    if "owner" in source:
+        assert sent == {"source": "hf://owner/published", "layout": "folder", "notes": notes}
+        assert "import.source" not in said
+    else:
+        assert sent == {
+            "layout": "folder",
+            "notes": ["soft labels of the published set", "classes in the order of order.txt"],
+        }
+        assert b"ada" not in publication.files["manifest.json"]
+        assert "extra.import.source in manifest.json, 'clinic/ada', is where the set was read from; it is not" in said
+
+
+def test_results_of_another_set_or_other_labels_are_not_the_sets(finished: Finished, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished.directory, run)
+    assert "results of its run: 2, each beside its controls" in hub.prepare(run, "owner/toy").notes
+    own = load_distilled(run / "distilled")
+    own.with_labels(own.soft_labels + 1).save(run / "distilled")  # labelled anew
+    assert "results: none" in hub.prepare(run, "owner/toy").notes
+    own.save(run / "distilled")
+    assert "results: none" not in hub.prepare(run, "owner/toy").notes
+    replace(own, images=own.images.flip(3)).save(run / "distilled")  # of the same method and budget
+    assert "results: none" in hub.prepare(run, "owner/toy").notes
+
+
+def test_image_files_with_metadata_are_not_published(finished: Finished, tmp_path: Path) -> None:
+    plain = load_distilled(find_set(finished.directory)).with_labels(None).with_image_encoding("jpeg75")
+    plain.save(tmp_path / "plain")
+    hub.prepare(tmp_path / "plain", "owner/toy")
+    assert plain.image_files is not None
+    marked = plain.image_files[2][:2] + b"\xff\xfe\x00\x05ada" + plain.image_files[2][2:]  # a comment
+    files = (*plain.image_files[:2], marked, *plain.image_files[3:])
+    replace(plain, image_files=files).save(tmp_path / "marked")
+    with pytest.raises(StillroomError, match=r"images 2 of .* are JPEG files with metadata"):
+        hub.prepare(tmp_path / "marked", "owner/toy")
 
 
 def test_a_card_that_was_edited_is_sent_as_it_is(stub: StubHub, finished: Finished, tmp_path: Path) -> None:

@@ -17,20 +17,26 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from conftest import Finished
+import torch
+from conftest import Finished, build_toy_teacher
 
 from stillroom import cli
 from stillroom.arrays import Arrays, columns_of
+from stillroom.compute import Plan
+from stillroom.distilled import load_distilled
 from stillroom.errors import StillroomError
 from stillroom.gallery import FIGURES
+from stillroom.labels import PoolConfig, attach_labels
 from stillroom.manifest import Manifest
 from stillroom.page import element, escape, round_ticks, table
-from stillroom.recipes import RECIPES
+from stillroom.recipes import RECIPES, Recipe
 from stillroom.report import Opened, build_report, open_run
 from stillroom.report_command import CHEAP, draw_figure
 from stillroom.run import Run
-from stillroom.study import Study, StudyConfig
+from stillroom.study import Study, StudyConfig, find_sets
+from stillroom.watch import read_progress
 
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
 VOID = {"meta", "img", "source", "br", "line", "circle", "polyline", "rect"}
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;\x00\x1b\ud800$\\frac$"
 EVIL_SHORT = "<script>&\x00\x1b\ud800$\\frac$"  # as much as fits beside a picture
@@ -234,6 +240,15 @@ def test_a_run_that_is_not_finished_claims_nothing(finished: Finished, tmp_path:
     assert "has no results yet" in said
 
 
+def test_one_set_by_two_kinds_of_label_is_one_method_of_the_title(compared: Finished) -> None:
+    run = open_run(compared.directory)
+    assert run.results is not None
+    assert run.title == "3 methods on toy"
+    rows = [row | {"method": f"{row['method']}, its own labels"} for row in run.results["rows"]]
+    both = replace(run, results=run.results | {"rows": [*run.results["rows"], *rows]})
+    assert both.title == "3 methods on toy"
+
+
 def test_a_stopped_comparison_and_failed_cells_are_said(compared: Finished, tmp_path: Path) -> None:
     run = copy(compared, tmp_path / "run")
     results = json.loads((run / "comparison.json").read_text())
@@ -256,6 +271,85 @@ def test_an_evaluations_students_have_a_page(finished: Finished, tmp_path: Path)
     said = write([str(run)], tmp_path / "page.html").text()
     assert "no control stands beside it" in said
     assert "62.50" in said
+
+
+def test_an_evaluations_page_says_which_set_it_is_of_and_how_to_load_it(
+    finished: Finished, toynet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLROOM_CACHE", str(finished.directory.parent / "cache"))
+    words = ["evaluate", str(finished.directory), "--data.source", finished.recipe.data.source, "--seeds", "0", "1"]
+    assert cli.main([*words, "--out", str(tmp_path / "students")]) == 0
+    results = json.loads((tmp_path / "students" / "results.json").read_text())
+    distilled = load_distilled(finished.directory / "distilled")
+    assert results["set"]["fingerprint"] == distilled.fingerprint
+    assert results["bytes"] == json.loads((finished.directory / "results.json").read_text())["bytes"]
+    said = write([str(tmp_path / "students")], tmp_path / "page.html").text()
+    for part in (
+        "infer on toy, 4 images per class: students by static labels",
+        f"4 images per class, in {finished.directory}: toynet students reach",
+        f"The set takes {sum(results['bytes']['raw'].values()):,} bytes raw",
+        f"load_distilled('{finished.directory / 'distilled'}')",
+        "Bytes of the set.",
+    ):
+        assert part in said, part
+    results["set"]["folder"] = str(tmp_path / "gone")
+    (tmp_path / "students" / "results.json").write_text(json.dumps(results))
+    assert "load_distilled" not in write([str(tmp_path / "students")], tmp_path / "page.html").text()
+
+
+def test_runs_of_one_title_are_told_apart(finished: Finished) -> None:
+    run = open_run(finished.directory)
+    other = run.settings | {"infer": run.settings["infer"] | {"steps": 9}}
+    steps = replace(run, directory=Path("/other"), settings=other)
+    titles = check(build_report([run, steps], {})).text("h3")
+    assert "infer on toy, 4 images per class: infer.steps 4" in titles
+    assert "infer on toy, 4 images per class: infer.steps 9" in titles
+    again = replace(run, directory=Path("/other"))
+    titles = check(build_report([run, again], {})).text("h3")
+    assert f"infer on toy, 4 images per class: {finished.directory}" in titles
+    assert "infer on toy, 4 images per class: /other" in titles
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ablations-laptop-cifar100-ipc10",
+        "compare-laptop-cifar100-ipc10",
+        "laptop-cifar100-ipc10",
+        "laptop-tiny-imagenet-ipc10",
+    ],
+)
+def test_published_results_can_be_reported(name: str) -> None:
+    results = json.loads((RESULTS / f"{name}.json").read_text())
+    run = Opened(Path("run"), results["settings"], results, {}, ())
+    said = check(build_report([run], {})).text()
+    for row in results.get("rows", results.get("cells")):
+        assert f"{row['mean']:.1f} ± {row['std']:.1f}" in said
+
+
+@pytest.mark.parametrize("kind", ["hard", "static", "replayed", "dynamic", "learned"])
+def test_what_page_and_card_say_of_loading_works_for_every_kind_of_label(
+    finished: Finished, tmp_path: Path, plan: Plan, toy_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    static = load_distilled(finished.directory / "distilled")
+    logits = static.soft_labels if kind in ("static", "learned") else None
+    if kind == "replayed":
+        train, by = toy_recipe.student.train, [build_toy_teacher()]
+        distilled = attach_labels(static, "replayed", by, plan, Run(), pool=PoolConfig(1), train=train)
+    else:
+        distilled = static.with_labels(logits, kind)
+    manifest = distilled.save(tmp_path / "set")
+    run = replace(open_run(finished.directory), sets={"set": (tmp_path / "set", manifest)})
+    page = Page(build_report([run], {}))
+    shown = next(text for text in page.inside["code"] if "load_distilled" in text)
+    card = (tmp_path / "set" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path / "set")
+    for text in (shown, card):
+        held: dict[str, Any] = {}
+        exec(text, held)
+        labels = next(held[name] for name in ("soft_labels", "soft_label", "one_hot") if name in held)
+        assert labels.shape[1] == 4
+        torch.testing.assert_close(labels.sum(1), torch.ones(len(labels)))
 
 
 DAMAGES = {
@@ -303,6 +397,17 @@ def test_results_with_something_else_in_a_place_are_refused_or_shown(finished: F
 def test_wrong_words_are_refused(words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", *words]) == code
     assert message in capsys.readouterr().err
+
+
+def test_who_reads_runs_refuses_what_is_none_in_the_same_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for read in (open_run, find_sets, lambda folder: read_progress(folder, [])):
+        with pytest.raises(StillroomError, match=r"holds no config\.json, so it is no run; give the directory of one"):
+            read(tmp_path)
+    assert cli.main(["figure", "accuracy", str(tmp_path)]) == 1
+    assert "holds no config.json, so it is no run; give the directory of one" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_matplotlib_the_page_says_how_to_get_the_figures(
