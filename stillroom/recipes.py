@@ -1,10 +1,10 @@
 """Recipes: complete configurations by name: INFER's Table 5, row by row, the other methods' commands, laptop twins.
 
-    stillroom run infer-cifar100-ipc10                       the paper's, hours on one GPU
-    stillroom run rded-imagenet-ipc10                        another paper's
-    stillroom run laptop-cifar100-ipc10                      thin networks: about two hours on one core
-    stillroom run quick --data.source my-images              a look at any folder of your own, in minutes
-    stillroom run small --data.source my-images --ipc 10     any small dataset of your own
+stillroom run infer-cifar100-ipc10                       the paper's, hours on one GPU
+stillroom run rded-imagenet-ipc10                        another paper's
+stillroom run laptop-cifar100-ipc10                      thin networks: about two hours on one core
+stillroom run quick --data.source my-images              a look at any folder of your own, in minutes
+stillroom run small --data.source my-images --ipc 10     any small dataset of your own
 """
 
 from __future__ import annotations
