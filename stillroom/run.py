@@ -145,8 +145,9 @@ class Run:
         may_be_new: sections that an old run may be without, and then gets.
 
         Returns the plan to work with: the stored one where there is one, so that a resumed run computes the same
-        bits. A run in which no unit is begun takes another configuration. Raises StillroomError with the differing
-        fields where the directory holds work of another one, and where workers that share it are not of one kind.
+        bits. A run in which no unit is begun takes another configuration, but not from one of several workers: others
+        may be training teachers by the first. Raises StillroomError with the differing fields where the directory holds
+        work of another one, and where workers that share it are not of one kind.
         """
         if self.directory is None:
             return plan
@@ -157,6 +158,8 @@ class Run:
         self, directory: Path, settings: dict[str, Any], plan: dict[str, Any], may_be_new: Collection[str]
     ) -> dict[str, Any]:
         path = directory / "config.json"
+        if self.worker is not None:  # another one may have written it just now
+            _look_anew(directory)
         settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be read back
         begun = any(entry for part in ("units", "checkpoints") for entry in (directory / part).iterdir())
         needed = ("settings", "plan")
@@ -165,7 +168,8 @@ class Run:
                 f"{str(path)!r} is gone, so nothing says of which settings the finished units of this run are; restore "
                 "it, or give another directory with --out (trained teachers are in the cache)"
             )
-        if not path.exists() or (not begun and read_sealed(path, needed)["settings"] != settings):
+        free = self.worker is None and not begun
+        if not path.exists() or (free and read_sealed(path, needed)["settings"] != settings):
             write_json(path, seal({"settings": settings, "plan": plan}, {}, path))
             self.event("opened")
             return plan
@@ -224,8 +228,8 @@ class Run:
         """Whether the unit is finished (as JSON or as tensors)."""
         if self.directory is None:
             return False
-        if self.worker is not None:  # a network file system remembers a missing file until its folder is opened anew
-            os.close(os.open(self.directory / "units", os.O_RDONLY))
+        if self.worker is not None:
+            _look_anew(self.directory / "units")
         return any(self._unit(name, s).exists() for s in UNIT_SUFFIXES)
 
     def carry_out(self, tasks: Sequence[Task]) -> list[Made]:
@@ -537,6 +541,11 @@ def _lock(directory: Path, shared: bool) -> Any:
     lock.write(str(os.getpid()))
     lock.flush()
     return lock
+
+
+def _look_anew(folder: Path) -> None:
+    """Open the folder: until then a network file system remembers that a file was missing there."""
+    os.close(os.open(folder, os.O_RDONLY))
 
 
 def _end_last_line(events: Path) -> None:
