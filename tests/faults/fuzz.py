@@ -48,8 +48,8 @@ from stillroom.data import DataConfig, load_real
 from stillroom.distilled import load_distilled
 from stillroom.errors import StillroomError
 from stillroom.exchange import ImportConfig, import_set
-from stillroom.files import load_tensors, save_tensors, seal
-from stillroom.manifest import MANIFEST_NAME, SEAL_KEY, _seal
+from stillroom.files import load_tensors, save_tensors, seal, sha256_bytes
+from stillroom.manifest import MANIFEST_NAME, SEAL_KEY, _seal, file_name
 from stillroom.networks import NETWORKS
 from stillroom.readers import read_cifar_pickles
 from stillroom.recipes import RECIPES, Recipe
@@ -129,6 +129,16 @@ def parquet_of(value: bytes, rows: int, label: Any = 0, **settings: Any) -> byte
     labels = pa.DictionaryArray.from_arrays(codes, pa.array([label]))
     sink = io.BytesIO()
     table = pa.table({"image": image, "label": labels})
+    pq.write_table(table, sink, store_schema=False, row_group_size=rows, **settings)
+    return sink.getvalue()
+
+
+def set_of(value: bytes, rows: int, **settings: Any) -> bytes:
+    """The images of a distilled set: one so many times, which a dictionary holds once."""
+    repeated = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([value], pa.binary()))
+    image = pa.StructArray.from_arrays([repeated, pa.nulls(rows, pa.string())], ["bytes", "path"])
+    table = pa.table({"image": image, "label": np.zeros(rows, np.int64), "slot": np.arange(rows) % 8})
+    sink = io.BytesIO()
     pq.write_table(table, sink, store_schema=False, row_group_size=rows, **settings)
     return sink.getvalue()
 
@@ -247,6 +257,24 @@ def read_resealed(folder: Path) -> None:
     load_distilled(folder)
 
 
+def read_refitted(folder: Path) -> None:
+    """Read a set whose manifest was made to fit its images after these were damaged, so that they are looked at."""
+    path = folder / MANIFEST_NAME
+    held = json.loads(path.read_bytes())
+    (images,) = folder.glob("images-*.parquet")
+    content = images.read_bytes()
+    try:
+        rows = pq.read_metadata(images).num_rows
+    except Exception:  # no parquet any more
+        rows = 0
+    digest = sha256_bytes(content)
+    images.rename(folder / file_name("images", digest))
+    facts = {"name": file_name("images", digest), "bytes": len(content), "sha256": digest}
+    held["files"]["images"] = facts | {"entries": rows, "raw_bytes": rows * 3 * 8 * 8}
+    path.write_bytes(_seal({key: value for key, value in held.items() if key != SEAL_KEY}))
+    load_distilled(folder)
+
+
 def read_weights(folder: Path) -> None:
     for path in folder.glob("weights.*"):
         load_checkpoint("toynet", path, conftest.build_toy())
@@ -352,6 +380,18 @@ def formats() -> dict[str, Format]:
     )
     yes["manifest"] = Format(write_set, MANIFEST_NAME, read_resealed, {"deep": b"[" * 10**6})
     yes["distilled set"] = Format(write_set, "*.*", load_distilled, {})
+    yes["distilled images"] = Format(
+        write_set,
+        "images-*.parquet",
+        read_refitted,
+        {
+            "one image many times": set_of(png() + bytes(2**20), 3_000, compression="zstd"),
+            "rows without end": set_of(b"", 2 * 10**7, compression="zstd"),
+            "compression bomb": set_of(bytes(2**29), 3, compression="zstd"),
+            "bomb of an image": set_of(BOMBS["decompression bomb"], 4),
+            "huge declared size": set_of(BOMBS["huge declared size"], 4),
+        },
+    )
     config = yaml.safe_dump({"ipc": 5, "infer": {"steps": 3}, "data": {"source": "x"}}).encode()
     yes["YAML"] = Format(
         lambda f: (f / "c.yaml").write_bytes(config),
