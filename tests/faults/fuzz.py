@@ -61,6 +61,7 @@ MEMORY = 2**30  # bytes that a child may take beyond what it begins with
 AT_ONCE = 25  # inputs of a child
 PLAN = {"seed_scheme": 1, "device": "cpu", "compile": "off", "processor": "", "torch_version": ""}
 CANARY = "code-was-run"
+ABSOLUTE = Path("/tmp/escaped")  # where names that lead out lead to, before their suffixes
 
 
 class Evil:
@@ -353,8 +354,8 @@ def formats() -> dict[str, Format]:
     out = samples() | {
         "../../escaped.png": png(),
         "../../escaped.cls": b"0",
-        "/tmp/escaped.png": png(),
-        "/tmp/escaped.cls": b"1",
+        f"{ABSOLUTE}.png": png(),
+        f"{ABSOLUTE}.cls": b"1",
     }
     large = tarfile.TarInfo("9.png")
     large.size = 2**50
@@ -474,6 +475,28 @@ def mutate(content: bytes, chance: random.Random) -> bytes:
     return bytes(data)
 
 
+def strays(root: Path, place: Path) -> dict[Path, int]:
+    """Everything below `root` but `place`, and what lies where the inputs' absolute names lead: by when it changed."""
+    below = {path: 0 for path in root.rglob("*") if path != place and place not in path.parents}
+    return below | {path: path.lstat().st_mtime_ns for path in ABSOLUTE.parent.glob(f"{ABSOLUTE.name}*")}
+
+
+def read_watched(kind: Format, place: Path, root: Path) -> str:
+    """Read the folder `place`: "read", "refused", or what went wrong, files that appeared outside of it among that."""
+    before = strays(root, place)
+    try:
+        kind.read(place)
+        end = "read"
+    except StillroomError as error:
+        end = "refused" if len(str(error)) < 5000 else "message too long"
+    except BaseException:
+        end = traceback.format_exc()[-1500:]
+    appeared = sorted(path for path, changed in strays(root, place).items() if before.get(path) != changed)
+    for path in appeared:  # so that the next input can be seen to make it
+        path.unlink() if path.is_file() or path.is_symlink() else None
+    return f"files appeared: {[str(path) for path in appeared]}" if appeared else end
+
+
 def try_inputs(kind: Format, folder: Path, contents: list[tuple[str, int, bytes | None, int]], log: Path) -> int:
     """Read each input in this process, which is a child; a line of JSON for each goes to `log`, before and after."""
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -492,13 +515,7 @@ def try_inputs(kind: Format, folder: Path, contents: list[tuple[str, int, bytes 
                 path.write_bytes(mutate(path.read_bytes(), chance) if hostile is None else hostile)
             file.write(json.dumps({"begun": name}) + "\n")
             file.flush()
-            try:
-                kind.read(place)
-                end = "read"
-            except StillroomError as error:
-                end = "refused" if len(str(error)) < 5000 else "message too long"
-            except BaseException:
-                end = traceback.format_exc()[-1500:]
+            end = read_watched(kind, place, folder.parents[2])
             file.write(json.dumps({"input": name, "end": end}) + "\n")
     return 0
 
@@ -554,9 +571,7 @@ def run_fuzz(folder: Path, inputs: int, seed: int, only: tuple[str, ...] = ()) -
                 failures.append(f"{tried[0][0]}: the process ended by {told.code}: {told.err[-500:]}")
                 counts[name]["FAILED"] += 1
                 tried = tried[1:]
-            left = [
-                p for p in (sandbox / CANARY, folder / CANARY, Path(CANARY), folder / "a" / "escaped.png") if p.exists()
-            ]
+            left = [p for p in (sandbox / CANARY, folder / CANARY, Path(CANARY)) if p.exists()]
             if left or outside != sorted(map(str, SETS.rglob("*"))) or set(os.listdir(sandbox)) - {"input"}:
                 failures.append(f"{name}: files appeared: {left} {os.listdir(sandbox)}")
                 break
