@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 
 CHECKPOINT_SECONDS = 60.0
 UNIT_SUFFIXES = (".json", ".safetensors")
+HINTS = {  # of settings whose difference does not say what made it
+    "data_fingerprint": " (other images; or the same, held in memory the one time and read batch by batch the other, "
+    "by another --data.memory-limit-gib)"
+}
 
 Result = TypeVar("Result")
 Made = tuple[dict[str, Any], dict[str, Tensor]]  # a unit's small results, and its tensors
@@ -186,7 +190,9 @@ class Run:
             write_json(path, seal(stored, {}, path))
         differences = list(_differences(stored["settings"], settings))
         if differences:
-            lines = "\n".join(f"  {name}: {old!r} there, {new!r} now" for name, old, new in differences)
+            lines = "\n".join(
+                f"  {name}: {old!r} there, {new!r} now{HINTS.get(name, '')}" for name, old, new in differences
+            )
             raise StillroomError(
                 f"run directory {str(directory)!r} holds another configuration:\n{lines}\n"
                 "give another directory with --out, or the same settings"
