@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
@@ -17,6 +18,9 @@ import numpy as np
 from stillroom.errors import StillroomError
 
 DIGITS = 7  # of a float, here and in the CSV: what is drawn is what the file holds
+
+# Control characters and halves of pairs, which neither a picture nor a file of text can hold.
+_UNREADABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 Kind = TypeVar("Kind", bound="Arrays")
 
@@ -40,14 +44,20 @@ def columns_of(kind: type) -> dict[str, Column]:
 
 @dataclass(frozen=True, eq=False)
 class Arrays:
-    """What a figure shows. Raises StillroomError where arrays disagree on the length of an axis."""
+    """What a figure shows. Raises StillroomError where arrays disagree on the length of an axis.
+
+    Class names and methods are whatever people call theirs: of texts, what cannot be shown is replaced.
+    """
 
     def __post_init__(self) -> None:
         lengths: dict[str, int] = {}
         for name, (kind, axes) in columns_of(type(self)).items():
             if not axes:
+                object.__setattr__(self, name, _readable(getattr(self, name)))
                 continue
             values: np.ndarray = np.asarray(getattr(self, name)).astype(kind)
+            if kind is str:
+                values = np.array([_readable(text) for text in values.ravel().tolist()], str).reshape(values.shape)
             object.__setattr__(self, name, _rounded(values) if kind is float else values)
             known = [lengths.setdefault(axis, length) for axis, length in zip(axes, values.shape, strict=False)]
             if known != list(values.shape) or len(known) != len(axes):
@@ -55,6 +65,10 @@ class Arrays:
                     f"{type(self).__name__}.{name} has shape {list(values.shape)}, but its axes {', '.join(axes)} have "
                     f"lengths {known}; give arrays that agree"
                 )
+
+
+def _readable(value: Any) -> Any:
+    return _UNREADABLE.sub("\N{REPLACEMENT CHARACTER}", value) if isinstance(value, str) else value
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:
@@ -123,16 +137,16 @@ class Tradeoff(Arrays):
     """Accuracy against compression (Figure 1): top-1 in %, ratio in % of the bytes of the real training set's pixels.
 
     A point is a method, a kind of label and a budget. ratio: of images, compensators and labels, dynamic ones as if
-    they were stored; deviation: of students' seeds, nan for one seed.
+    they were stored; deviation: of students' `seeds`, as many as there are, nan for one.
     """
 
     dataset: str
     student: str
-    seeds: int
     method: Annotated[np.ndarray, str, "point"]
     labels: Annotated[np.ndarray, str, "point"]
     ipc: Annotated[np.ndarray, int, "point"]
     steps: Annotated[np.ndarray, int, "point"]
+    seeds: Annotated[np.ndarray, int, "point"]
     ratio: Annotated[np.ndarray, float, "point"]
     top1: Annotated[np.ndarray, float, "point"]
     deviation: Annotated[np.ndarray, float, "point"]
@@ -142,13 +156,13 @@ class Tradeoff(Arrays):
 class Gain(Arrays):
     """What compensators add to the naturals alone (Figure 4, right), in points of top-1, paired by seed.
 
-    A setting is a kind of label, a budget and a student; at equal epochs and at equal optimiser steps. accuracy: of the
-    whole set, in %; deviations are nan for one seed.
+    A setting is a kind of label and a budget, of a method, student and run where there are several; at equal epochs and
+    at equal optimiser steps. accuracy: of the whole set, in %; deviations are nan for one seed.
     """
 
     dataset: str
-    seeds: int
     setting: Annotated[np.ndarray, str, "setting"]
+    seeds: Annotated[np.ndarray, int, "setting"]
     accuracy: Annotated[np.ndarray, float, "setting"]
     at_epochs: Annotated[np.ndarray, float, "setting"]
     at_epochs_deviation: Annotated[np.ndarray, float, "setting"]

@@ -27,7 +27,7 @@ import torch
 from stillroom.analysis.duplication import feature_duplication
 from stillroom.compute import Plan
 from stillroom.data import FACTS, RealData
-from stillroom.distilled import DistilledSet, count_bytes, load_distilled
+from stillroom.distilled import DistilledSet, count_bytes, count_raw_bytes, load_distilled
 from stillroom.errors import DamagedFileError, StillroomError
 from stillroom.files import read_json, write_atomic, write_json
 from stillroom.grid import (
@@ -388,6 +388,7 @@ def compare_cell(entry: Entry, saved: DistilledSet, labels: LabelKind, cells: li
     assert isinstance(result, Evaluation)
     differences: dict[str, list[float | None]] = {}
     reached: dict[str, list[float | None]] = {}
+    costs: dict[str, dict[str, int]] = {}
     failed: dict[str, str] = {}
     for number, (control, budget) in enumerate(matched, 1):
         name, other = f"{control.set} + {control.labels}, {budget}", found[number]
@@ -396,6 +397,8 @@ def compare_cell(entry: Entry, saved: DistilledSet, labels: LabelKind, cells: li
         else:
             differences[name] = _paired(*([100 * v for v in one.top1] for one in (result, other)))
             reached[name] = [round(100 * other.mean, 3), round(100 * other.std, 3) if len(other.top1) > 1 else None]
+            dynamic = other.label_bytes if labels == control.labels == "dynamic" else 0  # as if they were stored
+            costs[name] = {"steps": other.steps, "bytes": count_raw_bytes(control.distilled) + dynamic}
     dynamic_bytes = result.label_bytes if labels == "dynamic" else 0
     by_bytes = work.comparison.grid.budget == "bytes"
     by = entry.recipe.labelled_by or work.comparison.teachers.networks
@@ -405,6 +408,7 @@ def compare_cell(entry: Entry, saved: DistilledSet, labels: LabelKind, cells: li
         "method": entry.name,
         "asked": entry.text,
         "set": None if entry.folder is not None else set_name(entry),
+        **({} if entry.folder is None else {"folder": str(entry.folder)}),
         "ipc": entry.budget_ipc,
         "matched_ipc": entry.recipe.ipc,
         "labels": labels,
@@ -415,6 +419,7 @@ def compare_cell(entry: Entry, saved: DistilledSet, labels: LabelKind, cells: li
         "std": round(100 * result.std, 3) if len(result.top1) > 1 else None,
         "top5": [round(100 * v, 3) for v in result.top5],
         "controls": reached,
+        "control_costs": costs,
         "differences": differences,
         **({"failed": failed} if failed else {}),
         "protocol": name_protocol(work.student, work.real.image_size, [labels], by),
@@ -550,6 +555,7 @@ def _failed(entry: Entry, student: StudentConfig, labels: str, error: BaseExcept
         "method": entry.name,
         "asked": entry.text,
         "set": None if entry.folder is not None else set_name(entry),
+        **({} if entry.folder is None else {"folder": str(entry.folder)}),
         "ipc": entry.budget_ipc,
         "matched_ipc": entry.recipe.ipc,
         "labels": labels,

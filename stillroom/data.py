@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 
 from stillroom import readers
-from stillroom.errors import StillroomError, check_choices, suggest
+from stillroom.errors import StillroomError, check_choices, find_near
 from stillroom.images import (
     Images,
     LazyImages,
@@ -322,9 +322,10 @@ def _open(config: DataConfig) -> tuple[str, Facts | None, Source]:
     if not path.exists():
         repo = hub_id(name)
         if repo is None:
-            hint = "" if "/" in name or path.suffix else suggest(name, FACTS)
+            beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+            near = find_near(path.name, [*beside, *(() if "/" in name else FACTS)])
             raise StillroomError(
-                f"--data.source {name} is no existing path and no known dataset.{hint} Give a folder, a file, or one "
+                f"--data.source {name} is no existing path and no known dataset.{near} Give a folder, a file, or one "
                 f"of {', '.join(FACTS)}."
             )
         path = fetch_from_hub(repo, f"--data.source {name}")

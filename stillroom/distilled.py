@@ -564,6 +564,11 @@ def count_bytes(distilled: DistilledSet) -> Budget:
     return budget_of(dataclasses.replace(distilled.manifest, files=files))
 
 
+def count_raw_bytes(distilled: DistilledSet) -> int:
+    """Return the raw bytes of images, compensators and labels, without encoding anything."""
+    return sum(size for _, size in _holdings(distilled).values())
+
+
 def _holdings(distilled: DistilledSet) -> dict[str, tuple[int, int]]:
     """Entries and raw bytes of each part, by role."""
     stored, soft_labels = distilled.compensators, distilled.soft_labels

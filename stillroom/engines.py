@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from stillroom import together
 from stillroom.cluster import spread
@@ -64,10 +66,22 @@ def carry_out(
         raise UsageError("--workers and --ray-address are Ray's: give --engine ray too")
     worker = name_worker() if command.engine == "shared" else None
     with contextlib.ExitStack() as stack:
-        sink = None
+        sinks: list[Callable[[dict[str, Any]], None]] = [] if sys.stderr.isatty() else [say_finished]
         if command.log is not None:
             assert directory is not None
-            sink = stack.enter_context(open_sink(command.log, directory)).take
-        run = stack.enter_context(Run(directory, time_limit=limit, worker=worker, sink=sink))
+            sinks.append(stack.enter_context(open_sink(command.log, directory)).take)
+
+        def tell(event: dict[str, Any]) -> None:
+            for sink in sinks:
+                sink(event)
+
+        run = stack.enter_context(Run(directory, time_limit=limit, worker=worker, sink=tell))
         stack.enter_context(run.stop_on_signals())
         return work(compute, run)
+
+
+def say_finished(event: dict[str, Any]) -> None:
+    """Say, where no terminal shows bars, that a unit of work is done: a log that is silent for hours looks stuck."""
+    if event["event"] == "unit_finished":
+        within = f"{event['within']}: " if "within" in event else ""
+        print(f"{time.strftime('%H:%M:%S')} finished {within}{event['unit']}", file=sys.stderr, flush=True)

@@ -27,10 +27,13 @@ class TimeLimitReached(Exception):  # noqa: N818 - it ends a run well
 def suggest(name: str, choices: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest of `choices`, or their list when nothing is near."""
     known = sorted(choices)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    if near:
-        return " Did you mean " + " or ".join(repr(n) for n in near) + "?"
-    return " Choose from: " + ", ".join(known) + "."
+    return find_near(name, known) or " Choose from: " + ", ".join(known) + "."
+
+
+def find_near(name: str, choices: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the nearest of `choices`, "" when nothing is near."""
+    near = difflib.get_close_matches(name, sorted(choices), n=3, cutoff=0.6)
+    return " Did you mean " + " or ".join(repr(n) for n in near) + "?" if near else ""
 
 
 def check_choices(settings: Any, where: str) -> None:

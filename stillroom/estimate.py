@@ -118,6 +118,9 @@ def _open(recipe: Recipe, notes: list[str]) -> tuple[RealData, Plan]:
     plan = resolve_plan(recipe.compute, notes.append, (real.classes, real.image_size))
     plan.activate()
     chunks = f", {plan.chunk_images} images of a slot at a time" if plan.chunk_images else ""
+    counts = real.train.labels.bincount(minlength=real.classes).tolist()
+    each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
+    notes.append(f"data: {len(real.train):,} training images, {each} of a class, {len(real.test):,} test images")
     notes.append(
         f"plan: {plan.device}, {plan.precision}, {plan.threads} threads, compile {plan.compile} (times are "
         f"without it), {plan.pack_slots} slots per step{chunks}"

@@ -123,7 +123,14 @@ def write_folder(distilled: DistilledSet, folder: Path) -> list[str]:
             index.writerow([path, label, distilled.manifest.class_names[label], image, compensator])
     if distilled.soft_labels is not None:
         np.save(folder / SOFT_LABEL_FILE, distilled.soft_labels[order].numpy())
-    return [_exactness(distilled)]
+    other = [
+        f"{name!r} is {own}/"
+        for own, name in zip(names, distilled.manifest.class_names, strict=True)
+        if own != unicodedata.normalize("NFC", name)
+    ]
+    told = f"folders are not named as their classes, whose names stand in {INDEX_FILE}: " + ", ".join(other[:5])
+    more = f" and {len(other) - 5} more" if len(other) > 5 else ""
+    return [_exactness(distilled), *([told + more] if other else [])]
 
 
 def write_npz(distilled: DistilledSet, folder: Path) -> list[str]:

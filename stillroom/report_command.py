@@ -10,6 +10,7 @@ from typing import Literal
 
 import tyro
 
+from stillroom.arrays import Arrays
 from stillroom.errors import StillroomError, UsageError
 from stillroom.files import write_atomic
 from stillroom.gallery import FIGURES, render
@@ -80,21 +81,27 @@ def draw_figures(run: Path) -> dict[str, Figure]:
     found = {}
     with Run(None, show=False) as keep:
         study = Study([run], StudyConfig(), keep)
-        for name, kind in CHEAP.items():
+        for name in CHEAP:
             try:
                 with as_written(run):
                     arrays = FIGURES[name].compute(study)
             except StillroomError:  # the run is of another kind: no comparison, or no compensators
                 continue
-            light = render(name, arrays, kind)
-            if len(light) > FIGURE_BYTES:
-                kind, light = "png", render(name, arrays, "png")
-            shows = re.sub(r" \(Figure.*?\)$", "", FIGURES[name].shows)
-            found[name] = Figure(
-                light,
-                render(name, arrays, kind, dark=True),
-                FIGURES[name].describe(arrays),
-                f"{shows[:1].upper()}{shows[1:]}; its data by: stillroom figure {name} {run}",
-                "svg+xml" if kind == "svg" else "png",
-            )
+            found[name] = draw_figure(name, arrays, run)
     return found
+
+
+def draw_figure(name: str, arrays: Arrays, run: Path) -> Figure:
+    """Return one of the cheap figures for light pages and for dark ones, with its sentence and how to get its data."""
+    kind = CHEAP[name]
+    light = render(name, arrays, kind)
+    if len(light) > FIGURE_BYTES:
+        kind, light = "png", render(name, arrays, "png")
+    shows = re.sub(r" \(Figure.*?\)$", "", FIGURES[name].shows)
+    return Figure(
+        light,
+        render(name, arrays, kind, dark=True),
+        FIGURES[name].describe(arrays),
+        f"{shows[:1].upper()}{shows[1:]}; its data by: stillroom figure {name} {run}",
+        "svg+xml" if kind == "svg" else "png",
+    )

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 CHECKPOINT_SECONDS = 60.0
+ASKING_SECONDS = 0.1  # longer than anybody holds the lock of a run to ask whether it is held
 UNIT_SUFFIXES = (".json", ".safetensors")
 HINTS = {  # of settings whose difference does not say what made it
     "data_fingerprint": " (other images; or the same, held in memory the one time and read batch by batch the other, "
@@ -130,6 +131,7 @@ class Run:
                     (self.directory / part).rmdir()
                 (self.directory / ".lock").unlink()
                 self.directory.rmdir()
+        _sign_off(self._lock)
         self._lock.close()
         self._lock = None
 
@@ -534,8 +536,13 @@ def _lock(directory: Path, shared: bool) -> Any:
         import fcntl
     except ImportError:  # Windows: two commands on one directory are not detected there
         return lock
+    wanted = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
     try:
-        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, wanted)
+        except BlockingIOError:  # `is_held` may have it for a moment
+            time.sleep(ASKING_SECONDS)
+            fcntl.flock(lock, wanted)
     except BlockingIOError:
         lock.seek(0)
         owner = lock.read().strip() or "unknown"
@@ -552,6 +559,38 @@ def _lock(directory: Path, shared: bool) -> Any:
 def _look_anew(folder: Path) -> None:
     """Open the folder: until then a network file system remembers that a file was missing there."""
     os.close(os.open(folder, os.O_RDONLY))
+
+
+def _sign_off(lock: Any) -> None:
+    """Take this process's number out of the lock file, since another process may be given it; others' stay."""
+    with contextlib.suppress(OSError):
+        lock.seek(0)
+        if lock.read().strip() == str(os.getpid()):
+            lock.truncate(0)
+
+
+def is_held(directory: Path) -> bool:
+    """Whether a process has the run in `directory` open, alone or with others.
+
+    Asked by taking the lock and giving it back at once. False on Windows, and where it cannot be asked of somebody
+    else's run on a network file system.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    path = directory / ".lock"
+    if not path.exists():
+        return False
+    # Some network file systems keep a writer's lock for files alone that are open for writing.
+    with open(path, "r+b" if os.access(path, os.W_OK) else "rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return False
 
 
 def _end_last_line(events: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from stillroom.data import DataConfig, RealData, load_real
 from stillroom.distilled import DistilledSet, load_distilled
 from stillroom.errors import StillroomError, check_choices, suggest
 from stillroom.files import read_json, read_sealed, sha256_bytes
-from stillroom.grid import slug
+from stillroom.grid import OWN_LABELS, slug
 from stillroom.images import Images
 from stillroom.labels import attach_labels
 from stillroom.manifest import read_manifest
@@ -35,6 +35,7 @@ from stillroom.train import apply_normalization, fit_batch
 
 REAL = "real"  # the student trained on all real images, as teachers are
 NATURALS = "naturals"  # a set with compensators, without these
+USUAL = (REAL, "random", "sre2l", "infer")  # whose students figures show where nobody says
 TEST_BATCH = 500
 
 
@@ -63,7 +64,10 @@ class StudyConfig:
     # That students are trained with; None: static, or what the first run has instead.
     labels: Literal["hard", "static", "dynamic"] | None = None
     seeds: tuple[int, ...] = (0,)  # of the students
-    steps: int | None = None  # optimiser steps of every student; None: those of the run's epochs
+    steps: int | None = None  # optimiser steps of every student of a set; None: the most that a shown set's epochs take
+    own_steps: bool = (
+        False  # every student takes the steps of its own set's epochs, which sets with more views have more of
+    )
     draw: int = 0  # seed of the classes and images that are shown
     data: Place = field(default_factory=Place)
     teachers: TeacherPlace = field(default_factory=TeacherPlace)
@@ -75,34 +79,55 @@ class StudyConfig:
             raise StillroomError(f"seeds is {list(self.seeds)}; give at least one, each once, such as 0 1 2")
         if self.steps is not None and self.steps < 1:
             raise StillroomError(f"steps is {self.steps}; give 1 or more, or leave it out")
+        if self.steps is not None and self.own_steps:
+            raise StillroomError(f"steps is {self.steps}, and own_steps gives every student its own; leave one out")
 
 
 @dataclass(frozen=True)
 class Made:
-    """A distilled set of a run: its method as the run calls it, its budget, and the run that made it."""
+    """A distilled set: its method as the run calls it, its budget, the run that made it, and that it is looked at in.
+
+    given: a set that was there before the comparison, whose labels may be others'.
+    """
 
     method: str
     ipc: int
     run: Path
+    within: Path
+    folder: Path
+    given: bool = False
 
     @functools.cached_property
     def distilled(self) -> DistilledSet:
-        return load_distilled(self.run / "distilled")
+        found = load_distilled(self.folder)
+        foreign = self.given and found.manifest.label_kind not in ("hard", "learned")
+        return found.with_labels(None) if foreign else found
 
 
 class Study:
     """Some runs of one dataset, and what figures want of them.
 
     `runs` are directories of `stillroom run`, `distill` or `compare`; the first one says how students are trained.
-    `keep` holds the students that are trained for figures. Raises StillroomError for a directory that is no run or has
-    no set yet, and for runs of several datasets.
+    `keep` holds the students that are trained for figures. Of two runs that have a set of the same method and budget
+    the method is called RUN/METHOD. Raises StillroomError for a directory that is no run or has neither a set nor
+    results yet, and for runs of several datasets.
     """
 
     def __init__(self, runs: Sequence[Path], config: StudyConfig, keep: Run) -> None:
         if not runs:
             raise StillroomError("runs is empty; give the directory of a run or of a comparison, such as runs/demo")
+        if len({run.resolve() for run in runs}) != len(runs):
+            raise StillroomError(f"{' '.join(map(str, runs))} names a run twice; name each once")
         self.runs, self.config, self.keep = tuple(runs), config, keep
-        self.made = tuple(made for run in runs for made in find_sets(run))
+        self.called = name_runs(self.runs)  # run -> its name beside the others
+        found = [made for run in runs for made in find_sets(run)]
+        clashing = find_clashes((made.within, made.method, made.ipc) for made in found)
+        found = [
+            replace(made, method=f"{self.called[made.within]}/{made.method}") if made.method in clashing else made
+            for made in found
+        ]
+        self.made = tuple(made for made in found if (made.folder / "manifest.json").exists())
+        self.gone = tuple(made for made in found if made not in self.made)
         settings = [read_sealed(run / "config.json", ("settings",))["settings"] for run in runs]
         self.settings: dict[str, Any] = settings[0]
         first, *others = (own.get("data_fingerprint") for own in settings)
@@ -117,6 +142,7 @@ class Study:
         """Return the set of a method; raises StillroomError where there is none, or several and no ipc is given."""
         budgets = {made.ipc: made for made in self.made if made.method == method}
         if not budgets:
+            self._check_there(method)
             known = {made.method for made in self.made}
             raise StillroomError(f"{self.runs[0]} has no set of {method!r}.{suggest(method, known)}")
         if self.config.ipc is None and len(budgets) > 1:
@@ -128,10 +154,20 @@ class Study:
 
     def compensated(self) -> Made:
         """Return the set with compensators: the one that is asked for, or the first; StillroomError without any."""
+        self._check_there()
         asked = [name for name in self.config.sets if name not in (REAL, NATURALS)]
-        for made in [self.set_of(name) for name in asked] or self.made:
-            if made.distilled.compensators is not None and self.config.ipc in (None, made.ipc):
-                return made
+        found = [
+            made
+            for made in [self.set_of(name) for name in asked] or self.made
+            if made.distilled.compensators is not None and self.config.ipc in (None, made.ipc)
+        ]
+        if len({made.within for made in found}) > 1:
+            raise StillroomError(
+                f"{listed_sets(found)} have compensators, but this figure is of one run's; choose by --sets and --ipc, "
+                "or give one run"
+            )
+        if found:
+            return found[0]
         raise StillroomError(
             f"{', '.join(asked) or self.runs[0]} has no compensators, which this figure is of; make a set that has: "
             "stillroom distill RECIPE --method infer, or stillroom compare RECIPE --grid.methods infer"
@@ -139,21 +175,39 @@ class Study:
 
     def choose(self, usual: Sequence[str]) -> list[str]:
         """Return the sets to show: those that are asked for, or the `usual` ones that there are, else all."""
+        self._check_there()
         there = list(dict.fromkeys(made.method for made in self.made))
         if any(made.distilled.compensators is not None for made in self.made):
             there.append(NATURALS)
         known = [REAL, *there]
         for name in self.config.sets:
             if name not in known:
+                self._check_there(name)
                 raise StillroomError(f"sets has {name!r}, which {self.runs[0]} has not.{suggest(name, known)}")
-        found = [name for name in usual if name in known]
+        found = [name for one in usual for name in known if name == one or name.endswith(f"/{one}")]
         if set(found) <= {REAL, NATURALS}:
             found += [name for name in there if name != NATURALS][:4]
         return list(self.config.sets) or found
 
-    def results(self, name: str) -> list[dict[str, Any]]:
-        """Return the files `name` of the runs that have one: comparison.json, results.json."""
-        return [read_results(run / name) for run in self.runs if (run / name).exists()]
+    @functools.cached_property
+    def shown(self) -> list[str]:
+        """The sets whose students a figure shows."""
+        return self.choose(USUAL)
+
+    def _check_there(self, method: str | None = None) -> None:
+        """Raise StillroomError where the set of `method` (None: every set of the runs) is not where it was."""
+        gone = [made for made in self.gone if method in (None, made.method)]
+        if gone and (method is not None or not self.made):
+            raise StillroomError(
+                f"{gone[0].method!r} of {gone[0].within} lay in {str(gone[0].folder)!r}, where it is no longer; put it "
+                "back, or, of a relative path, begin from where the comparison began"
+            )
+        if not self.made:
+            raise StillroomError(f"{self.runs[0]} has results, but no distilled set is left in it; its command goes on")
+
+    def results(self, name: str) -> list[tuple[Path, dict[str, Any]]]:
+        """Return the runs that have a file `name` (comparison.json, results.json), each with what it holds."""
+        return [(run, read_results(run / name)) for run in self.runs if (run / name).exists()]
 
     # -- data, teachers, sets ------------------------------------------------------------------------------------
 
@@ -166,11 +220,14 @@ class Study:
     @functools.cached_property
     def real(self) -> RealData:
         """The real data of the runs; raises StillroomError where it is not what their sets were made of."""
-        place, manifest = self.config.data, self.made[0].distilled.manifest
+        self._check_there()
+        # A set that was given may have been made of other files, and tell of other images.
+        distilled = next((made for made in self.made if not made.given), self.made[0]).distilled
+        place, manifest = self.config.data, distilled.manifest
         default = DataConfig(image_size=manifest.image_size[0], resize=manifest.dataset.resize)
         had = replace(self._section("data", default), source=place.source or manifest.dataset.name, root=place.root)
         real = load_real(had)
-        check_matches(self.made[0].distilled, real)
+        check_matches(distilled, real)
         if real.fingerprint != manifest.dataset.fingerprint:
             self.keep.notice(f"the images of {real.name!r} are not byte for byte those that the sets were made of")
         return real
@@ -182,7 +239,8 @@ class Study:
         return self._load(replace(config, **asdict(self.config.teachers)))
 
     def _load(self, config: TeachersConfig) -> list[Teacher]:
-        known = {t.name: t.hash for made in self.made for t in made.distilled.manifest.teachers if t.hash}
+        own = [made for made in self.made if not made.given]  # another's teachers may have the same names
+        known = {t.name: t.hash for made in own for t in made.distilled.manifest.teachers if t.hash}
         hashes = {name: weights for name, weights in known.items() if name in config.networks}
         return load_teachers(self.real, config, self.plan, self.keep, hashes)
 
@@ -194,17 +252,20 @@ class Study:
 
     def labelled(self, name: str, kind: str) -> DistilledSet:
         """Return the set of a method, or the naturals of one, with labels of this kind; its own where it has such."""
-        if name == NATURALS:
-            made = self.compensated().distilled.with_labels(None)
-            views = replace(made.manifest.views, naturals_as_views=True)
-            distilled = replace(made, compensators=None, manifest=replace(made.manifest, views=views))
-        else:
-            distilled = self.set_of(name).distilled
+        distilled = self._unlabelled(name)
         if distilled.manifest.label_kind == kind:
             return distilled
         teachers = [] if kind == "hard" else self.labellers
         unit = f"labels-{distilled.fingerprint[:12]}"
         return attach_labels(distilled, kind, teachers, self.plan, self.keep, unit)
+
+    def _unlabelled(self, name: str) -> DistilledSet:
+        """Return the set of a method as it is, or the naturals of one."""
+        if name != NATURALS:
+            return self.set_of(name).distilled
+        made = self.compensated().distilled.with_labels(None)
+        views = replace(made.manifest.views, naturals_as_views=True)
+        return replace(made, compensators=None, manifest=replace(made.manifest, views=views))
 
     # -- students ------------------------------------------------------------------------------------------------
 
@@ -225,11 +286,24 @@ class Study:
         return (fitting or ["static"])[0]
 
     def steps(self, name: str) -> int:
-        """Return the optimiser steps of a set's student; of the one on real images 0, since a teacher's are others."""
+        """Return the optimiser steps of a set's student: as many for all that are shown, or as the settings say.
+
+        Else a set with more views would be shown at its best: epochs of it have more steps. Of the student on real
+        images they are those of the recipe by which teachers are trained.
+        """
         if name == REAL:
-            return 0
+            return self._real_config.steps_for(len(self.real.train))
+        if self.config.steps is not None:
+            return self.config.steps
+        among = [name] if self.config.own_steps else [name, *(other for other in self.shown if other != REAL)]
         train = self.student_config.train_for(self.labels)
-        return self.config.steps or steps_for(self.labelled(name, self.labels), train)
+        return max(steps_for(self._unlabelled(other), train) for other in among)
+
+    @functools.cached_property
+    def _real_config(self) -> TeachersConfig:
+        config = self._section("teachers", TeachersConfig())
+        config = replace(config, networks=(self.student_config.network,), source="train", checkpoints=())
+        return replace(config, cache=self.config.teachers.cache)
 
     @functools.cached_property
     def _students(self) -> dict[tuple[str, int], nn.Module]:
@@ -248,9 +322,7 @@ class Study:
         return self._students[key]
 
     def _train_on_real(self) -> nn.Module:
-        config = self._section("teachers", TeachersConfig())
-        config = replace(config, networks=(self.student_config.network,), source="train", checkpoints=())
-        return self._load(replace(config, cache=self.config.teachers.cache))[0].model
+        return self._load(self._real_config)[0].model
 
     def _train(self, name: str, seed: int) -> nn.Module:
         kind, config = self.labels, self.student_config
@@ -301,6 +373,25 @@ class Study:
         return read_plain(self.settings.get(name, {}), default, file, self.keep.notice)  # type: ignore[no-any-return]
 
 
+def name_runs(runs: Sequence[Path]) -> dict[Path, str]:
+    """Return what each run is called: its folder's name, or where two have the same name their paths."""
+    names = [run.resolve().name for run in runs]
+    return {run: name if names.count(name) == 1 else str(run) for run, name in zip(runs, names, strict=True)}
+
+
+def find_clashes(found: Iterable[tuple[Path, str, Any]]) -> set[str]:
+    """Return the methods that two runs both have at the same key; found: run, method and key of each."""
+    runs: dict[tuple[str, Any], set[Path]] = {}
+    for run, method, key in found:
+        runs.setdefault((method, key), set()).add(run)
+    return {method for (method, _), having in runs.items() if len(having) > 1}
+
+
+def listed_sets(found: Iterable[Made]) -> str:
+    """Return sets with their budgets and runs, for a sentence."""
+    return " and ".join(f"{made.method} (ipc {made.ipc}, {made.within})" for made in found)
+
+
 def read_results(path: Path) -> dict[str, Any]:
     """Return results.json of a run or comparison.json; raises StillroomError where it is not what these write."""
     results, rows = read_json(path), "rows" if path.name == "comparison.json" else "cells"
@@ -312,28 +403,37 @@ def read_results(path: Path) -> dict[str, Any]:
 def find_sets(run: Path) -> list[Made]:
     """Return the distilled sets of a run or comparison, those of a comparison named and ordered by its table.
 
-    Raises StillroomError where `run` is neither, or has none yet.
+    Sets that were there before the comparison are among them, whether they are still there or not. Raises
+    StillroomError where `run` is neither, or has neither a set nor finished rows yet.
     """
     if not (run / "config.json").exists():
         raise StillroomError(
             f"{run} holds no config.json, so it is no run; give the directory of one, such as runs/demo"
         )
     made = []
+    results = run / "comparison.json"
+    rows = read_results(results)["rows"] if results.exists() else []
     if (run / "sets").is_dir():
-        results = run / "comparison.json"
-        rows = read_results(results)["rows"] if results.exists() else []
         called: dict[str, str] = {}
-        for row in rows:  # one set may have several rows; those of older versions do not say which it is
+        # One set may have several rows; those of older versions do not say which it is.
+        for row in (row for row in rows if row.get("set", "") is not None):
             called.setdefault(row.get("set", f"{slug(row['method'])}-ipc{row['matched_ipc']}"), row["method"])
         for row in rows:
             called.setdefault(row.get("random_set"), "random")
         folders = {path.name: path for path in (run / "sets").iterdir() if (path / "distilled/manifest.json").exists()}
         for name in [name for name in called if name in folders] or sorted(folders):  # what the table is of
             method, _, ipc = name.rpartition("-ipc")
-            made.append(Made(called.get(name, method), int(ipc), folders[name]))
+            made.append(Made(called.get(name, method), int(ipc), folders[name], run, folders[name] / "distilled"))
     elif (run / "distilled/manifest.json").exists():
         manifest = read_manifest(run / "distilled")
-        made.append(Made(manifest.method, manifest.ipc, run))
-    if not made:
+        made.append(Made(manifest.method, manifest.ipc, run, run, run / "distilled"))
+    given = {
+        row["folder"]: row for row in reversed(rows) if row.get("folder") and not row["method"].endswith(OWN_LABELS)
+    }
+    for text, row in reversed(given.items()):
+        folder = Path(text)
+        maker = folder.parent if folder.name == "distilled" else folder
+        made.append(Made(row["method"], row["matched_ipc"], maker, run, folder, given=True))
+    if not made and not rows:
         raise StillroomError(f"{run} has no distilled set yet; the command that began it goes on")
     return made

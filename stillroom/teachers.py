@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from stillroom.compute import Plan
 from stillroom.data import RealData
 from stillroom.errors import StillroomError, check_choices
+from stillroom.events import read_events
 from stillroom.files import hash_tensors, load_tensors, load_torch, read_sealed, save_tensors, seal, write_json
 from stillroom.networks import build_network, load_pretrained_imagenet
 from stillroom.run import Checkpoint, Run
@@ -133,6 +134,7 @@ def load_teachers(
     entries = {name: cache_entry(name, real, config, plan) for name in config.networks}
     if config.source == "train":
         known = hashes.keys() & (set(config.networks) - set(files))
+        entries |= _begun_with(entries, config, run)
         entries |= {name: find_weights(name, hashes[name], config) for name in known}
     teachers: dict[str, Teacher] = {}
     for wait in (False, True):  # first those that no other process is training
@@ -208,6 +210,25 @@ def cache_root(cache: str | None) -> Path:
     What is said for one command wins over what was set for all.
     """
     return Path(cache or os.environ.get("STILLROOM_CACHE") or "~/.cache/stillroom").expanduser()
+
+
+def _begun_with(entries: Mapping[str, Path], config: TeachersConfig, run: Run) -> dict[str, Path]:
+    """Return the cache entries of teachers that this run went by before, where their own are not there.
+
+    What decides bits, such as the version of torch or the number of processes, may have changed since: teachers that
+    are trained anew would be others, and the run's finished units would be refused.
+    """
+    if run.directory is None:
+        return {}
+    hashes = {
+        event.get("name"): event.get("hash") for event in read_events(run.directory) if event["event"] == "teacher"
+    }
+    found = {}
+    for name, entry in entries.items():
+        if name in hashes and not (entry / "teacher.json").exists():
+            with contextlib.suppress(StillroomError):  # gone from the cache, too: train it
+                found[name] = find_weights(name, str(hashes[name]), config)
+    return found
 
 
 def find_weights(name: str, weights_hash: str, config: TeachersConfig) -> Path:

@@ -1,6 +1,6 @@
 """`stillroom watch RUN`: what a run is at, while it goes on, read from its directory by another process.
 
-It changes nothing there and holds no lock, so it may come and go as it likes. On a terminal it shows stages, trainings
+It changes nothing there and keeps no lock, so it may come and go as it likes. On a terminal it shows stages, trainings
 under way, results so far and the last messages, until the run ends; elsewhere, in a pipe say, a line per event.
 """
 
@@ -26,6 +26,7 @@ from rich.text import Text
 from stillroom.errors import StillroomError, UsageError
 from stillroom.events import event_files, parse_events
 from stillroom.files import read_json, read_sealed
+from stillroom.run import is_held
 from stillroom.settings import parse_words
 from stillroom.workers import name_worker
 
@@ -175,10 +176,9 @@ def read_reports(directory: Path) -> dict[str, str]:
 
 
 def _state(directory: Path, events: Sequence[dict[str, Any]], reports: dict[str, str]) -> tuple[bool, str]:
-    lock = directory / ".lock"
-    number = lock.read_text(errors="replace").strip() if lock.exists() else ""
-    if reports or _is_alive(number):
-        who = f"{len(reports)} workers" if reports else f"process {number}"
+    if reports or is_held(directory):
+        number = (directory / ".lock").read_text(errors="replace").strip() if not reports else ""
+        who = f"{len(reports)} workers" if reports else f"process {number}" if number else "another process"
         return True, f"{directory}: running ({who})"
     turns = [event for event in events if event["event"] in ("opened", "stopped")]
     if turns and turns[-1]["event"] == "stopped":

@@ -68,6 +68,11 @@ def words_of(line: str) -> list[str]:
     return words[words.index("stillroom") + 1 :]
 
 
+def without_units(err: str) -> str:
+    """What was said on standard error, less the lines that tell of finished units where there is no terminal."""
+    return re.sub(r"^[\d:]+ finished .*\n", "", err, flags=re.MULTILINE)
+
+
 class UnderstoodError(Exception):
     """A command's words were understood; no work follows."""
 
@@ -241,7 +246,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         patch.setitem(RECIPES, "toy", recipe)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = cli.main(["run", "toy", "--out", str(folder / "run")])
-    return Finished(recipe, folder / "run", code, out.getvalue(), err.getvalue())
+    return Finished(recipe, folder / "run", code, out.getvalue(), without_units(err.getvalue()))
 
 
 @pytest.fixture(scope="session")
@@ -259,7 +264,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         patch.setitem(RECIPES, "toy", recipe)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = cli.main([*words, "--grid.ipc", "3", "4"])
-    return Finished(recipe, folder / "run", code, out.getvalue(), err.getvalue())
+    return Finished(recipe, folder / "run", code, out.getvalue(), without_units(err.getvalue()))
 
 
 @pytest.fixture

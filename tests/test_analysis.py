@@ -32,7 +32,7 @@ def opened(toynet: str, tmp_path: Path) -> Iterator[Opened]:
     """Open a finished run for study, what is kept in a folder of the test."""
     kept: list[Run] = []
 
-    def build(run: Finished, **settings: Any) -> Study:
+    def build(run: Finished, *others: Path, **settings: Any) -> Study:
         folder = run.directory.parent
         places: dict[str, Any] = {
             "data": Place(str(folder / "toy.npz")),
@@ -42,7 +42,7 @@ def opened(toynet: str, tmp_path: Path) -> Iterator[Opened]:
         for old in kept:
             old.close()
         kept.append(Run(tmp_path / "figures"))
-        return Study([run.directory], StudyConfig(**places, **settings), kept[-1])
+        return Study([run.directory, *others], StudyConfig(**places, **settings), kept[-1])
 
     yield build
     for old in kept:
@@ -267,9 +267,98 @@ def test_tradeoff_counts_all_bytes_and_sets_random_images_beside_in_as_many_step
     assert found.top1[matched] in trained
 
 
+def test_controls_stand_in_the_tradeoff_with_their_own_spread(
+    compared: Finished, opened: Opened, tmp_path: Path
+) -> None:
+    rows = read_json(compared.directory / "comparison.json")["rows"]
+    infer = next(row for row in rows if (row["method"], row["ipc"]) == ("infer", 4))
+    random = next(row for row in rows if (row["method"], row["ipc"]) == ("random", 4))
+
+    def points_of(folder: Path, **settings: Any) -> dict[str, tuple[float, float, int, float]]:
+        found = results.measure_tradeoff(opened(replace(compared, directory=folder), **settings))
+        columns = (found.method, found.ipc, found.top1, found.deviation, found.steps, found.ratio)
+        return {str(m): values for m, ipc, *values in zip(*columns, strict=True) if ipc == 4}  # type: ignore[misc]
+
+    whole, alone = points_of(compared.directory), points_of(compared.directory, sets=("infer",))
+    matched = "random in as many steps as infer"
+    for points in (whole, alone):
+        kept = infer["controls"]["random + static, equal steps"]
+        assert points[matched][:3] == pytest.approx([*kept, infer["steps"]])
+        assert points["random"][:3] == pytest.approx([random["mean"], random["std"], random["steps"]])
+        size = 4 * 4 * 3 * 64 + 16 * 4 * 2  # images, labels in 16 bits
+        assert points["random"][3] == pytest.approx(100 * size / (96 * 3 * 64), rel=1e-4)
+        assert points[matched][3] == pytest.approx(points["random"][3])
+    assert alone.keys() == {"infer", "random", matched}
+    other = tmp_path / "folder alone"  # as a comparison of a set that is there already has it
+    other.mkdir()
+    shutil.copy(compared.directory / "config.json", other)
+    write_json(other / "comparison.json", read_json(compared.directory / "comparison.json") | {"rows": [infer]})
+    assert points_of(other) == alone
+    infer.pop("controls"), infer.pop("control_costs")  # of an older version
+    write_json(other / "comparison.json", read_json(compared.directory / "comparison.json") | {"rows": [infer, random]})
+    old = points_of(other)
+    assert old[matched][0] == pytest.approx(whole[matched][0], abs=2e-3)
+    assert np.isnan(old[matched][1])
+    assert old[matched][2:] == whole[matched][2:]
+
+
+def test_runs_of_the_same_method_and_budget_are_named_apart(compared: Finished, opened: Opened, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(compared.directory, other)
+    path = other / "comparison.json"
+    kept = read_json(path)
+    write_json(path, kept | {"rows": [row | {"top1": row["top1"][:1], "std": None} for row in kept["rows"]]})
+    study = opened(compared, other, ipc=4)
+    assert study.set_of("run/infer").within == compared.directory
+    assert study.set_of("other/infer").within == other
+    assert study.shown == [
+        "real",
+        *(f"{run}/{name}" for name in ("random", "sre2l", "infer") for run in ("run", "other")),
+    ]
+    with pytest.raises(StillroomError, match=r"no set of 'infer'.*other/infer"):
+        study.set_of("infer")
+    with pytest.raises(StillroomError, match=r"run/infer .* and other/infer .* choose by --sets"):
+        study.compensated()
+    assert opened(compared, other, ipc=4, sets=("other/infer",)).compensated().within == other
+    found = results.measure_tradeoff(study)
+    seeds = {str(name): int(count) for name, count in zip(found.method, found.seeds, strict=True)}
+    assert (seeds["run/infer"], seeds["other/infer"]) == (2, 1)
+    assert "infer" not in seeds
+    gain = results.measure_gain(study)
+    assert gain.setting.tolist()[::2] == ["ipc 3, static, run", "ipc 3, static, other"]
+    assert gain.seeds.tolist() == [2, 2, 1, 1]
+    with pytest.raises(StillroomError, match="names a run twice"):
+        opened(compared, compared.directory)
+
+
+def test_a_set_that_was_there_before_the_comparison_is_found_in_its_folder(
+    compared: Finished, opened: Opened, tmp_path: Path
+) -> None:
+    run, theirs = tmp_path / "run", tmp_path / "theirs"
+    run.mkdir()
+    shutil.copytree(compared.directory / "sets" / "infer-ipc4", theirs)
+    shutil.copy(compared.directory / "config.json", run)
+    kept = read_json(compared.directory / "comparison.json")
+    row = next(row for row in kept["rows"] if (row["method"], row["ipc"]) == ("infer", 4))
+    row |= {"method": "theirs", "set": None, "folder": str(theirs / "distilled")}
+    rows = [row, row | {"method": "theirs, its own labels"}]
+    write_json(run / "comparison.json", kept | {"rows": rows})
+    study = opened(replace(compared, directory=run))
+    assert [made.method for made in study.made] == ["theirs"]
+    assert study.compensated().ipc == 4
+    assert recovery.read_losses(study).label.shape == (1, 3, 4)
+    shutil.rmtree(theirs)
+    gone = opened(replace(compared, directory=run))
+    for look in (gone.compensated, lambda: gone.set_of("theirs"), lambda: gone.shown):
+        with pytest.raises(StillroomError, match=r"'theirs' of .* lay in .*/theirs/distilled.* no longer"):
+            look()
+    assert "theirs" in results.measure_tradeoff(gone).method
+
+
 def test_dynamic_labels_count_as_if_they_were_stored() -> None:
     row = {
-        "method": "m", "labels": "dynamic", "ipc": 1, "steps": 2, "mean": 3.0, "std": None, "dynamic_label_bytes": 50,
+        "name": "m", "top1": [3.0], "labels": "dynamic", "ipc": 1, "steps": 2, "mean": 3.0, "std": None,
+        "dynamic_label_bytes": 50,
         "bytes": {"raw": {"images": 100, "compensators": 20, "labels": 0}, "real_raw_bytes": 1000},
     }  # fmt: skip
     assert results._point(row)["ratio"] == 17
@@ -282,10 +371,10 @@ def test_gains_are_paired_by_seed() -> None:
         {"set": "naturals", "labels": "static", "budget": "equal epochs (static)", "top1": [40.0, 41.0, 42.0]},
         {"set": "naturals", "labels": "static", "budget": "equal steps (static)", "top1": [53.0, 55.0, 51.0]},
     ]
-    ((name, reached, epochs, steps),) = results._gains_of_run({"ipc": 4, "cells": cells})
-    assert (name, reached) == ("ipc 4, static", 52.0)
-    assert epochs == pytest.approx((11.0, np.std([10, 13, 10], ddof=1)))
-    assert steps == pytest.approx((-1.0, np.std([-3, -1, 1], ddof=1)))
+    (found,) = results._of_run({"ipc": 4, "cells": cells})
+    assert (found["method"], found["accuracy"], found["seeds"]) == ("infer", 52.0, 3)
+    assert (found["at_epochs"], found["at_epochs_deviation"]) == pytest.approx((11.0, np.std([10, 13, 10], ddof=1)))
+    assert (found["at_steps"], found["at_steps_deviation"]) == pytest.approx((-1.0, np.std([-3, -1, 1], ddof=1)))
 
 
 def test_gains_of_runs_and_comparisons_are_read(finished: Finished, compared: Finished, opened: Opened) -> None:
@@ -296,7 +385,7 @@ def test_gains_of_runs_and_comparisons_are_read(finished: Finished, compared: Fi
     found = results.measure_gain(opened(compared))
     assert found.at_steps[1] == pytest.approx(row["differences"]["naturals + static, equal steps"][0])
     del row["differences"]["naturals + static, equal epochs"]  # of a control that failed
-    assert len(list(results._gains_of_comparison({"rows": rows}))) == 1
+    assert len(list(results._of_comparison({"rows": rows}))) == 1
 
 
 # -- students that are kept ----------------------------------------------------------------------------------------
@@ -316,6 +405,25 @@ def test_a_student_is_the_runs_own_and_trained_once(
     torch.testing.assert_close(again.logits("infer", 1), study.logits("infer", 1))
     with pytest.raises(pytest.fail.Exception, match="trained again"):
         opened(compared, sets=("infer",), labels="hard", ipc=4).student("infer", 0)
+
+
+def test_students_that_are_shown_together_take_as_many_steps(compared: Finished, opened: Opened) -> None:
+    rows = read_json(compared.directory / "comparison.json")["rows"]
+    epochs = {row["method"]: row["steps"] for row in rows if row["ipc"] == 4}
+    study, own = opened(compared, ipc=4), opened(compared, ipc=4, own_steps=True)
+    assert epochs["random"] < epochs["infer"]
+    assert {study.steps(name) for name in ("random", "sre2l", "infer")} == {epochs["infer"]}
+    assert {name: own.steps(name) for name in epochs} == epochs
+    assert opened(compared, ipc=4, steps=7).steps("random") == 7
+    assert study.steps("real") == 4 * (96 // 16)  # by the teachers' recipe
+    opened(compared, ipc=4, own_steps=True).student("random", 0)
+    kept = opened(compared, ipc=4)
+    before = set((kept.keep.directory or Path()).glob("units/student-*"))
+    kept.student("random", 0)
+    after = set((kept.keep.directory or Path()).glob("units/student-*"))
+    assert (len(before), len(after)) == (1, 2)  # what was trained in other steps is not taken for it
+    with pytest.raises(StillroomError, match="own_steps"):
+        StudyConfig(steps=7, own_steps=True)
 
 
 def test_students_of_figures_have_a_kind_of_label_that_the_run_has(

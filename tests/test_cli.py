@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import TOY_COLOURS, Finished, draw_toy_colours, write_toy_npz
+from conftest import TOY_COLOURS, Finished, draw_toy_colours, without_units, write_toy_npz
 from PIL import Image
 
 from stillroom import cli, engines, teachers
@@ -41,7 +41,10 @@ ON_CPU = ["--compute.device", "cpu", "--compute.precision", "float32", "--comput
 
 @pytest.fixture
 def tell(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Told:
-    """Give words to the command line, in an empty folder; get exit code, standard output and standard error."""
+    """Give words to the command line, in an empty folder; get exit code, standard output and standard error.
+
+    Less the lines that tell of finished units, as they do where there is no terminal.
+    """
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
@@ -52,7 +55,7 @@ def tell(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest
         except SystemExit as leaving:
             code = int(leaving.code or 0)
         out, err = capsys.readouterr()
-        return code, out, err
+        return code, out, without_units(err)
 
     return told
 
@@ -421,6 +424,24 @@ def test_images_of_the_users_own_go_through_distill_and_evaluate(
     result = json.loads((tmp_path / "students" / "results.json").read_text())["evaluation"]
     assert len(result["top1"]) == 2
     assert result["labels"] == "static"
+
+
+def test_a_log_tells_of_every_finished_unit(
+    finished: Finished,
+    toynet: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setitem(RECIPES, "toy", finished.recipe)
+    cache = str(finished.directory.parent / "cache")
+    words = ["distill", "toy", "--teachers.cache", cache, "--out", str(tmp_path / "r")]
+    assert cli.main(words) == 0
+    said = re.findall(r"^\d\d:\d\d:\d\d finished (.*)$", capsys.readouterr().err, re.MULTILINE)
+    assert sorted(said) == sorted(path.stem for path in (tmp_path / "r/units").iterdir())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert cli.main([*words[:-1], str(tmp_path / "shown")]) == 0
+    assert " finished " not in capsys.readouterr().err
 
 
 def test_students_of_a_set_are_units_that_workers_share(

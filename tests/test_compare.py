@@ -35,6 +35,7 @@ from stillroom import (
     teachers,
 )
 from stillroom.analysis.duplication import feature_duplication, mean_over_classes, mean_similarity
+from stillroom.analysis.results import measure_tradeoff
 from stillroom.compute import Plan
 from stillroom.data import FACTS, load_real
 from stillroom.distilled import count_bytes, load_distilled
@@ -45,6 +46,7 @@ from stillroom.methods import METHODS, Method, select
 from stillroom.networks import NETWORKS
 from stillroom.recipes import EXPECTED, RECIPES, Recipe, find_recipe, smoke
 from stillroom.run import Run
+from stillroom.study import Study, StudyConfig
 
 INFER = ("", ":naturals_as_views=false", ":compensator_bits=8", ":compensators=false", ":teachers=[toynet]")
 
@@ -587,6 +589,16 @@ def test_a_set_that_is_there_already_stands_in_the_table_beside_random_images(
     for name in ("top1", "differences", "bytes", "duplication", "ipc"):
         assert row[name] == made[name]
     assert row["seconds"]["distil"] is None
+    assert (row["folder"], row["set"]) == (str(folder / "distilled"), None)
+    assert row["control_costs"].keys() == row["controls"].keys()
+    arrays = measure_tradeoff(Study([tmp_path / "run"], StudyConfig(), Run(None)))
+    random = arrays.method.tolist().index("random")
+    assert [arrays.top1[random], arrays.steps[random]] == pytest.approx(
+        [
+            row["controls"]["random + static, equal epochs"][0],
+            row["control_costs"]["random + static, equal epochs"]["steps"],
+        ]
+    )
     with pytest.raises(StillroomError, match=r"these cells cannot be:\n  set:.*nowhere"):
         run_grid(recipe, tmp_path / "run", methods=(f"set:{tmp_path}/nowhere",))
 

@@ -478,7 +478,7 @@ def broken(flaw: str, root: Path) -> Path:
     ("empty class", r"train has no images in the folders 'c'"),
     ("one class", r"train has 1 class folder, 'a'; at least 2"),
     ("class not tested", "in train/ and test/, but has 'b' only in train/; add or remove"),
-    ("class only tested", "in train/ and test/, but has 'c' only in test/; add or remove"),
+    ("class only tested", "in train/ and test/, but has 'c' only in test/; remove 'c': empty"),
     ("other classes", "'a', 'b' only in train/ and 'A', 'B' only in test/"),
     ("unlabelled test", r"test holds no class folders, so its images have no labels.*--data\.holdout-per-class N"),
     ("no test", r"photos has no test split.* folder.* named test, val.*--data\.holdout-per-class N"),

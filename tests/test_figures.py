@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -133,11 +134,11 @@ def test_the_users_own_settings_change_no_figure(studied: Finished) -> None:
         assert matplotlib.rcParams["figure.facecolor"] == "red"  # and stay theirs
 
 
-GAIN = """dataset,seeds
-toy,1
+GAIN = """dataset
+toy
 
-setting,accuracy,at_epochs,at_epochs_deviation,at_steps,at_steps_deviation
-"ipc 4, static",50.0,1.5,nan,-2.0,nan
+setting,seeds,accuracy,at_epochs,at_epochs_deviation,at_steps,at_steps_deviation
+"ipc 4, static",1,50.0,1.5,nan,-2.0,nan
 """
 
 
@@ -186,3 +187,77 @@ def test_matplotlib_is_imported_where_a_figure_is_drawn_and_not_before() -> None
             )
             assert not any(str(name).split(".")[0] == "matplotlib" for name in names), file
     assert len(files) > 70
+
+
+def test_dollars_are_no_mathematics_and_powers_are_plain(coarse: None) -> None:
+    told = "cost $5 to $10, $\\frac$"
+    arrays = gallery.results.Gain(told, [told], [1], [50.0], [1.5], [0.1], [-2.0], [0.1])  # type: ignore[arg-type]
+    for name, shown in (("gain", arrays), ("divergence", DIVERGENCE)):
+        figure = FIGURES[name].draw(shown)
+        figure.canvas.draw()
+        texts = [text for text in figure.findobj(lambda artist: hasattr(artist, "get_parse_math")) if text.get_text()]
+        mathematics = [t.get_text() for t in texts if t.get_parse_math() and "$" in t.get_text()]
+        assert (mathematics, any("$\\mathdefault" in text.get_text() for text in texts)) == ([], False)
+        assert any(told in " ".join(text.get_text().split()) for text in texts)
+
+
+DIVERGENCE = gallery.divergence.LabelDivergence(
+    "cost $5 to $10, $\\frac$", 8, ["infer"], [1.0], [[0.1]], np.arange(101), np.logspace(-6, 0, 101).reshape(1, 1, 101)
+)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_every_figure_of_digits_is_written_by_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(predictions, "LANDSCAPE_POINTS", 3)
+    monkeypatch.setattr(divergence, "IMAGES", 64)
+    run, network = tmp_path / "run", "convnet_thin"
+    tiny = ["--teachers.networks", network, "--teachers.epochs", "2", "--student.network", network, "--seeds", "0"]
+    tiny += ["--student.train.epochs", "4", "--labels", "static", "--infer.steps", "3", "--sre2l.steps", "3", *QUICK]
+    grid = ["--grid.methods", "random", "sre2l", "infer", "--grid.ipc", "3", "4"]
+    assert cli.main(["compare", "digits", "--out", str(run), *tiny, *grid]) == 0
+    capsys.readouterr()
+    sets, teachers, budgets = ["random", "sre2l", "infer"], [network], ["ipc 3", "ipc 4"]
+    classes = [str(digit) for digit in range(10)]
+    named = {  # what each sentence tells of, all of it in the data
+        "accuracy": (["static labels"], ["method", "labels"]),
+        "gain": (budgets, ["setting"]),
+        "duplication": ([*sets, "at 4 images per class"], ["method"]),
+        "boundaries": (["7 classes", "real", *sets], ["set"]),
+        "divergence": (["naturals", *sets], ["set"]),
+        "compensators": (teachers, ["teacher"]),
+        "views": (teachers, ["line", "picture"]),
+        "losses": (teachers, ["teacher"]),
+        "layers": (teachers, ["teacher"]),
+    }
+    steps = []
+    for name, figure in FIGURES.items():
+        words = [] if name in ("accuracy", "gain", "duplication") else ["--ipc", "4", *QUICK]
+        words += QUICK if name == "duplication" else []
+        assert cli.main(["figure", name, str(run), *words]) == 0
+        said = capsys.readouterr().out.splitlines()[0]
+        kind = get_type_hints(figure.describe)["arrays"]
+        arrays = read_csv((run / "figures" / f"{name}.csv").read_text(), kind)
+        assert said == figure.describe(arrays)
+        assert arrays.dataset == "digits"
+        assert "digits" in said
+        with Image.open(run / "figures" / f"{name}.png") as picture:
+            assert min(picture.size) > 200
+        told, columns = named.get(name, (["real", *sets], ["set"]))
+        held = " ".join(str(value) for column in columns for value in getattr(arrays, column))
+        for one in told:
+            assert one in said, name
+            assert one.split(" labels")[0] in held or one[0].isdigit() or one.startswith("at "), name
+        if figure.trains:
+            taken = dict(zip(arrays.set.tolist(), arrays.steps.tolist(), strict=True))
+            assert len({taken[one] for one in sets}) == 1
+            assert f"{taken['infer']:,} steps" in said
+            assert f"{taken['real']:,}, as teachers are" in said
+            steps.append(taken)
+        if name == "boundaries":
+            assert set(arrays.name.tolist()) < set(classes)
+            assert len(arrays.name) == len(set(arrays.true.tolist())) == 7
+        if name == "views":
+            assert all(line in said for line in arrays.line[1:].tolist())
+    assert steps == steps[:1] * 5

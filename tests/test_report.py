@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -12,19 +13,27 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from conftest import Finished
 
 from stillroom import cli
+from stillroom.arrays import Arrays, columns_of
 from stillroom.errors import StillroomError
+from stillroom.gallery import FIGURES
 from stillroom.manifest import Manifest
 from stillroom.page import element, escape, round_ticks, table
 from stillroom.recipes import RECIPES
 from stillroom.report import Opened, build_report, open_run
+from stillroom.report_command import CHEAP, draw_figure
+from stillroom.run import Run
+from stillroom.study import Study, StudyConfig
 
 VOID = {"meta", "img", "source", "br", "line", "circle", "polyline", "rect"}
-EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;\x00\x1b\ud800"
+EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;\x00\x1b\ud800$\\frac$"
+EVIL_SHORT = "<script>&\x00\x1b\ud800$\\frac$"  # as much as fits beside a picture
 
 
 class Page(HTMLParser):
@@ -171,6 +180,16 @@ def poison(value: Any) -> Any:
     return value + EVIL if isinstance(value, str) else value
 
 
+def poison_arrays(arrays: Arrays) -> Arrays:
+    """Every text that a figure shows made hostile, but for pixels."""
+    changes: dict[str, Any] = {}
+    for name, (kind, axes) in columns_of(type(arrays)).items():
+        if kind is str and name != "pixels":
+            value = getattr(arrays, name)
+            changes[name] = np.array([text + EVIL_SHORT for text in value.tolist()]) if axes else value + EVIL_SHORT
+    return replace(arrays, **changes)
+
+
 @pytest.mark.parametrize("name", ["results.json", "comparison.json"])
 def test_hostile_names_are_shown_and_never_run(finished: Finished, compared: Finished, name: str) -> None:
     run = open_run((finished if name == "results.json" else compared).directory)
@@ -187,7 +206,16 @@ def test_hostile_names_are_shown_and_never_run(finished: Finished, compared: Fin
         {f"{name}{EVIL}": (folder, named(manifest)) for name, (folder, manifest) in run.sets.items()},
         tuple(poison(event) | {"event": event["event"]} for event in run.events),
     )
-    page = check(build_report([evil, evil], {}, [EVIL]).encode("utf-8", "replace").decode())
+    drawn = {}
+    study = Study([run.directory], StudyConfig(), Run(None))
+    for figure in CHEAP:
+        with contextlib.suppress(StillroomError):  # a run is no comparison
+            drawn[figure] = draw_figure(figure, poison_arrays(FIGURES[figure].compute(study)), evil.directory)
+    assert len(drawn) == len(CHEAP) - (name == "results.json")
+    for each in drawn.values():
+        if each.kind == "svg+xml":
+            assert not list(ElementTree.fromstring(each.light).iter("{http://www.w3.org/2000/svg}script"))
+    page = check(build_report([evil, evil], {evil.directory: drawn}, [EVIL]).encode("utf-8", "replace").decode())
     assert page.text().count("<script>alert(1)</script>") > 50
     assert "alert" not in page.text("script")
 

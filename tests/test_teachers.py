@@ -82,6 +82,22 @@ def test_a_teacher_is_trained_once_measured_frozen_and_then_read_from_the_cache(
     assert hash_weights(second.model) == hash_weights(first.model) == first.hash
 
 
+@pytest.mark.parametrize("change", [{"processes": 2}, {"torch_version": "9.9"}])
+def test_a_run_goes_on_with_the_teachers_that_it_began_with_where_bits_would_now_be_others(
+    toy: RealData, plan: Plan, toynet: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    other = replace(plan, **change)
+    assert cache_entry("toynet", toy, QUICK, plan) != cache_entry("toynet", toy, QUICK, other)
+    with Run(tmp_path / "run") as run:
+        (first,) = load_teachers(toy, QUICK, plan, run)
+    monkeypatch.setattr(teachers_module, "fit", refuse_to_train)
+    with Run(tmp_path / "run") as run:
+        (again,) = load_teachers(toy, QUICK, other, run)
+    assert again.hash == first.hash
+    with pytest.raises(pytest.fail.Exception, match="trained again"), Run(tmp_path / "new") as run:
+        load_teachers(toy, QUICK, other, run)
+
+
 def test_few_images_are_trained_on_for_the_least_steps(toy: RealData, plan: Plan, toynet: str) -> None:
     """96 images in batches of 16 are 6 steps an epoch."""
     config = replace(QUICK, epochs=2, batch_size=16)

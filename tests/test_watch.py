@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from conftest import Finished
 
 from stillroom import cli, watch
+from stillroom.run import ASKING_SECONDS, Run, is_held
 from stillroom.watch import Tail, read_progress
 from stillroom.workers import Worker
 
@@ -63,16 +65,44 @@ def test_rows_of_a_comparison_are_counted_among_those_that_it_is_to_have(
     assert "rows: 2 of 3" in look(run, capsys)
 
 
-def test_a_run_is_running_while_its_process_lives(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run / ".lock").write_text(str(os.getpid()))
+def test_a_run_is_running_while_its_process_holds_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = Run(run)
     say(run, "epoch", unit="student-x-hard-9-net-0", epoch=3, loss=0.25)
     said = look(run, capsys)
     assert f"{run}: running (process {os.getpid()})" in said
     assert "now: student-x-hard-9-net-0: epoch 3, loss 0.25" in said
     say(run, "unit_finished", unit="student-x-hard-9-net-0")
     assert "now:" not in look(run, capsys)
-    (run / ".lock").write_text("99999999999")
+    held.close()
     assert ": running (" not in look(run, capsys)
+    assert (run / ".lock").read_text() == ""
+
+
+def test_a_run_that_several_share_is_running_until_the_last_one_leaves(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = Run(run, worker="one"), Run(run, worker="two")
+    second.close()
+    assert ": running (another process)" in look(run, capsys)
+    first.close()
+    assert ": running (" not in look(run, capsys)
+
+
+def test_another_process_with_the_number_of_one_that_was_killed_is_not_the_run(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / ".lock").write_text(str(os.getpid()))
+    assert look(run, capsys).startswith(f"{run}: ended, results.json is there")
+
+
+def test_who_asks_whether_a_run_is_held_does_not_keep_another_from_it(run: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    asking = open(run / ".lock", "rb")  # noqa: SIM115 - let go of by a thread
+    fcntl.flock(asking, fcntl.LOCK_EX)
+    threading.Timer(ASKING_SECONDS / 4, asking.close).start()
+    with Run(run):
+        assert is_held(run)
+    assert not is_held(run)
 
 
 def test_it_says_why_a_run_is_not_finished(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,7 +134,7 @@ def test_workers_say_what_they_are_at_and_dead_ones_do_not(run: Path, capsys: py
 def test_it_follows_a_run_until_this_ends(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (run / ".lock").write_text(str(os.getpid()))
+    held = Run(run)
     turns = []
 
     def sleep(seconds: float) -> None:
@@ -112,7 +142,7 @@ def test_it_follows_a_run_until_this_ends(
         say(run, "unit_finished", unit=f"unit-{len(turns)}")
         say(run, "epoch", unit="student-1", epoch=1, loss=1.0)
         if len(turns) == 3:
-            (run / ".lock").write_text("")
+            held.close()
 
     monkeypatch.setattr(watch.time, "sleep", sleep)
     assert cli.main(["watch", str(run), "--every", "0.5"]) == 0
@@ -126,10 +156,10 @@ def test_it_follows_a_run_until_this_ends(
 def test_on_a_terminal_it_shows_the_same(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (run / ".lock").write_text(str(os.getpid()))
+    held = Run(run)
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    monkeypatch.setattr(watch.time, "sleep", lambda seconds: (run / ".lock").write_text(""))
+    monkeypatch.setattr(watch.time, "sleep", lambda seconds: held.close())
     assert cli.main(["watch", str(run)]) == 0
     said = re.sub(r"\x1b\[[\d;?]*\w", "", capsys.readouterr().out)
     assert f"{run}: running (process {os.getpid()})" in said

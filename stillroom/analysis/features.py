@@ -62,7 +62,7 @@ def map_boundaries(study: Study) -> Boundaries:
     the class that most of its nearest images are predicted as, by the student and among these classes alone.
     """
     real, config = study.real, study.config
-    names = study.choose((REAL, "random", "sre2l", "infer"))
+    names = study.shown
     order = torch.randperm(real.classes, generator=build_generator(config.draw, "figure", "classes"))
     classes = order[:CLASSES].sort().values
     rows = torch.cat([(real.test.labels == index).nonzero().flatten()[:PER_CLASS] for index in classes])

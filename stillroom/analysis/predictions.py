@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from stillroom.arrays import Calibration, ClassAccuracy, Difficulty, Landscape
 from stillroom.compute import build_generator
-from stillroom.study import REAL, Study
+from stillroom.study import Study
 from stillroom.train import apply_normalization
 
-USUAL = (REAL, "random", "sre2l", "infer")
 LANDSCAPE_IMAGES = 32
 REACH = 1.0  # of the way to another image, in both directions
 LANDSCAPE_POINTS = 21  # a side
@@ -25,7 +24,7 @@ def measure_landscape(study: Study) -> Landscape:
     image and through images of two other classes, so that it crosses boundaries, and is the same for all students.
     """
     real, config = study.real, study.config
-    names = study.choose(USUAL)
+    names = study.shown
     starts, firsts, seconds = draw_triplets(real.test.labels, LANDSCAPE_IMAGES, config.draw)
     start, first, second = (
         apply_normalization(real.test.batch(rows).to(study.plan.device), real.mean, real.std)
@@ -91,7 +90,7 @@ def measure_difficulty(study: Study) -> Difficulty:
     the first holds most images; ours hold equally many.
     """
     real, config = study.real, study.config
-    names, reference = study.choose(USUAL), study.teachers[0]
+    names, reference = study.shown, study.teachers[0]
     labels = real.test.labels
     loss = nn.functional.cross_entropy(study.predict(reference.model, real.test), labels, reduction="none").numpy()
     members = split_evenly(loss, INTERVALS)
@@ -118,7 +117,7 @@ def split_evenly(values: np.ndarray, parts: int) -> list[np.ndarray]:
 
 def measure_calibration(study: Study) -> Calibration:
     """Return students' confidence and accuracy by ten intervals of confidence, and their calibration error."""
-    names, seeds = study.choose(USUAL), study.config.seeds
+    names, seeds = study.shown, study.config.seeds
     labels = study.real.test.labels.numpy()
     found = [calibrate(study.logits(name, seed).softmax(1).numpy(), labels) for name in names for seed in seeds]
     shape = (len(names), len(seeds))
@@ -154,7 +153,7 @@ def calibrate(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
 
 def measure_classes(study: Study) -> ClassAccuracy:
     """Return students' accuracy on each class of the test split."""
-    names, seeds, real = study.choose(USUAL), study.config.seeds, study.real
+    names, seeds, real = study.shown, study.config.seeds, study.real
     labels = real.test.labels.numpy()
     there = np.bincount(labels, minlength=real.classes)
     found = [

@@ -8,62 +8,108 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from stillroom.arrays import Gain, Tradeoff
-from stillroom.errors import StillroomError
-from stillroom.study import Study
+from stillroom.errors import StillroomError, suggest
+from stillroom.study import Study, find_clashes
 
 
 def measure_tradeoff(study: Study) -> Tradeoff:
-    """Return accuracy and bytes of every cell of the comparisons.
+    """Return accuracy and bytes of every cell of the comparisons, and of their random controls.
 
     Dynamic labels count as if they were stored, since students learn from them too. Where a method's student takes more
     steps than that of random images, random images in as many steps stand beside them as a point of their own.
     Raises StillroomError where no run is a comparison.
     """
     comparisons = study.results("comparison.json")
-    rows = [row for results in comparisons for row in results["rows"] if "error" not in row]
+    rows = [row | {"run": run} for run, results in comparisons for row in results["rows"] if "error" not in row]
     if not rows:
         raise StillroomError(
             f"{study.runs[0]} is no comparison with finished cells, which this figure is of; make one: "
             "stillroom compare RECIPE --grid.methods random sre2l infer"
         )
-    if study.config.sets:
-        rows = [row for row in rows if row["method"] in study.config.sets]
-    if len({row["student"] for row in rows}) > 1:  # of each network a line of its own
-        rows = [row | {"method": f"{row['method']}, {row['student']}"} for row in rows]
-    points = [_point(row) for row in rows] + list(_matched_random(rows))
+    rows = name_rows(study, rows)
+    wanted = set(study.config.sets)
+    shown = [row for row in rows if not wanted or {row["method"], row["name"]} & wanted]
+    if not shown:
+        known = {row["name"] for row in rows}
+        raise StillroomError(f"sets has {list(wanted)}, of which {study.runs[0]} has no row.{suggest('', known)}")
+    points = [_point(row) for row in shown] + list(_random_points(shown, rows))
     return Tradeoff(
-        dataset=comparisons[0]["dataset"]["name"],
-        student=", ".join(sorted({row["student"] for row in rows})),
-        seeds=len(comparisons[0]["seeds"]),
+        dataset=comparisons[0][1]["dataset"]["name"],
+        student=", ".join(sorted({row["student"] for row in shown})),
         **{name: [point[name] for point in points] for name in points[0]},  # type: ignore[arg-type]
     )
+
+
+def name_rows(study: Study, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows of comparisons with a `name`, a line of the figure.
+
+    It is the method, before it the run where two runs have the same row, after it the network where there are several.
+    """
+    clashing = find_clashes((row["run"], row["method"], (row["ipc"], row["labels"], row["student"])) for row in rows)
+    several = len({row["student"] for row in rows}) > 1
+    named = []
+    for row in rows:
+        before = f"{study.called[row['run']]}/" if row["method"] in clashing else ""
+        after = f", {row['student']}" if several else ""
+        named.append(row | {"name": f"{before}{row['method']}{after}", "of_random": f"{before}random{after}"})
+    return named
 
 
 def _point(row: dict[str, Any]) -> dict[str, Any]:
     size = row["bytes"]
     stored = sum(size["raw"].values()) + row["dynamic_label_bytes"]
     return {
-        "method": row["method"],
+        "method": row["name"],
         "labels": row["labels"],
         "ipc": row["ipc"],
         "steps": row["steps"],
+        "seeds": len(row["top1"]),
         "ratio": 100 * stored / size["real_raw_bytes"],
         "top1": row["mean"],
         "deviation": math.nan if row["std"] is None else row["std"],
     }
 
 
-def _matched_random(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield random images in other methods' steps, where these are not their own; only differences to them are kept."""
-    random = {(r["ipc"], r["labels"], r["student"]): r for r in rows if r["method"].split(", ")[0] == "random"}
-    for row in rows:
-        own = random.get((row["ipc"], row["labels"], row["student"]))
-        difference = row["differences"].get(f"random + {row['labels']}, equal steps")
-        if own is None or difference is None or own["steps"] == row["steps"]:
+def _random_points(shown: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the random controls of the rows that are shown, where these are no rows that are shown themselves.
+
+    At equal epochs, and in as many steps where these are others. What a control costs stands in the row; in those of
+    older versions it is known by the random images' own row alone, which may be one that is not shown.
+    """
+    drawn = {(row["name"], row["ipc"], row["labels"]) for row in shown}
+    for row in shown:
+        own = next((other for other in rows if _is_random_of(other, row)), None)
+        if own is row:
             continue
-        as_long = own | {"dynamic_label_bytes": own["dynamic_label_bytes"] * row["steps"] / own["steps"]}
-        changes = {"steps": row["steps"], "mean": row["mean"] - difference[0], "std": None}
-        yield _point(as_long | changes | {"method": f"random in as many steps as {row['method']}"})
+        at_epochs, at_steps = (_random_point(row, own, budget) for budget in ("epochs", "steps"))
+        key = (row["of_random"], row["ipc"], row["labels"])
+        if at_epochs is not None and key not in drawn:
+            drawn.add(key)
+            yield at_epochs | {"method": row["of_random"]}
+        if at_steps is not None and (at_epochs is None or at_steps["steps"] != at_epochs["steps"]):
+            yield at_steps | {"method": f"random in as many steps as {row['name']}"}
+
+
+def _is_random_of(other: dict[str, Any], row: dict[str, Any]) -> bool:
+    same = all(other[key] == row[key] for key in ("run", "ipc", "labels", "student"))
+    return same and other["method"] == "random" and row.get("random_set") in (None, other.get("set"))
+
+
+def _random_point(row: dict[str, Any], own: dict[str, Any] | None, budget: str) -> dict[str, Any] | None:
+    """Return a row's random control at equal `budget`; None where it was not trained, or nothing says what it costs."""
+    name = f"random + {row['labels']}, equal {budget}"
+    if name not in row["differences"]:
+        return None
+    # Older versions kept differences alone.
+    mean, deviation = row.get("controls", {}).get(name, (row["mean"] - row["differences"][name][0], None))
+    point = _point(row) | {"top1": mean, "deviation": math.nan if deviation is None else deviation}
+    if cost := row.get("control_costs", {}).get(name):
+        return point | {"steps": cost["steps"], "ratio": 100 * cost["bytes"] / row["bytes"]["real_raw_bytes"]}
+    if own is None:
+        return None
+    steps = row["steps"] if budget == "steps" else own["steps"]
+    as_long = own | {"steps": steps, "dynamic_label_bytes": own["dynamic_label_bytes"] * steps / own["steps"]}
+    return point | {key: _point(as_long)[key] for key in ("steps", "ratio")}
 
 
 def measure_gain(study: Study) -> Gain:
@@ -71,47 +117,36 @@ def measure_gain(study: Study) -> Gain:
 
     Raises StillroomError where no run has a set with compensators beside its naturals.
     """
-    runs, comparisons = study.results("results.json"), study.results("comparison.json")
-    settings = [found for results in comparisons for found in _gains_of_comparison(results)]
-    settings += [found for results in runs for found in _gains_of_run(results)]
+    comparisons, runs = study.results("comparison.json"), study.results("results.json")
+    settings = [found | {"run": study.called[run]} for run, results in comparisons for found in _of_comparison(results)]
+    settings += [found | {"run": study.called[run]} for run, results in runs for found in _of_run(results)]
     if not settings:
         raise StillroomError(
             f"{study.runs[0]} has no set with compensators beside its naturals alone, which this figure compares; make "
             "one: stillroom run RECIPE --method infer, or stillroom compare RECIPE --grid.methods infer, with controls"
         )
-    names, accuracies, epochs, steps = zip(*settings, strict=True)
-    results = [*comparisons, *runs][0]
+    several = [key for key in ("method", "student", "run") if len({found[key] for found in settings}) > 1]
+    columns = ("seeds", "accuracy", "at_epochs", "at_epochs_deviation", "at_steps", "at_steps_deviation")
     return Gain(
-        dataset=results["dataset"]["name"],
-        seeds=len(results["seeds"]),
-        setting=names,  # type: ignore[arg-type]
-        accuracy=accuracies,  # type: ignore[arg-type]
-        at_epochs=[mean for mean, _ in epochs],  # type: ignore[arg-type]
-        at_epochs_deviation=[deviation for _, deviation in epochs],  # type: ignore[arg-type]
-        at_steps=[mean for mean, _ in steps],  # type: ignore[arg-type]
-        at_steps_deviation=[deviation for _, deviation in steps],  # type: ignore[arg-type]
+        dataset=[*comparisons, *runs][0][1]["dataset"]["name"],
+        setting=[
+            ", ".join([f"ipc {found['ipc']}", found["labels"], *(found[key] for key in several)]) for found in settings
+        ],  # type: ignore[arg-type]
+        **{name: [found[name] for found in settings] for name in columns},  # type: ignore[arg-type]
     )
 
 
-Setting = tuple[str, float, tuple[float, float], tuple[float, float]]
+def _of_comparison(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for row in (row for row in results["rows"] if "error" not in row):
+        found = [
+            row["differences"].get(f"naturals + {row['labels']}, equal {budget}") for budget in ("epochs", "steps")
+        ]
+        if None not in found:  # a control may fail
+            facts = {key: row[key] for key in ("ipc", "labels", "method", "student")}
+            yield facts | _gains(row["top1"], row["mean"], *found)
 
 
-def _gains_of_comparison(results: dict[str, Any]) -> Iterator[Setting]:
-    rows = [row for row in results["rows"] if "error" not in row]
-    own = [row for row in rows if all(key in row["differences"] for key in _naturals_of(row))]  # a control may fail
-    several = {key: len({row[key] for row in own}) > 1 for key in ("method", "student")}
-    for row in own:
-        name = ", ".join([f"ipc {row['ipc']}", row["labels"], *(row[key] for key in several if several[key])])
-        found = [row["differences"][key] for key in _naturals_of(row)]
-        epochs, steps = ((mean, math.nan if deviation is None else deviation) for mean, deviation in found)
-        yield name, row["mean"], epochs, steps
-
-
-def _naturals_of(row: dict[str, Any]) -> list[str]:
-    return [f"naturals + {row['labels']}, equal {budget}" for budget in ("epochs", "steps")]
-
-
-def _gains_of_run(results: dict[str, Any]) -> Iterator[Setting]:
+def _of_run(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for own in (cell for cell in results["cells"] if cell["budget"] == "own"):
         found = []
         for budget in ("epochs", "steps"):
@@ -122,7 +157,19 @@ def _gains_of_run(results: dict[str, Any]) -> Iterator[Setting]:
             ]
             if naturals:
                 paired = [a - b for a, b in zip(own["top1"], naturals[0], strict=True)]
-                deviation = statistics.stdev(paired) if len(paired) > 1 else math.nan
-                found.append((statistics.mean(paired), deviation))
+                found.append([statistics.mean(paired), statistics.stdev(paired) if len(paired) > 1 else None])
         if len(found) == 2:
-            yield f"ipc {results['ipc']}, {own['labels']}", own["mean"], found[0], found[1]
+            facts = {"ipc": results["ipc"], "labels": own["labels"], "method": own["set"]}
+            yield facts | {"student": results.get("student", "")} | _gains(own["top1"], own["mean"], *found)
+
+
+def _gains(top1: list[float], mean: float, at_epochs: list[Any], at_steps: list[Any]) -> dict[str, Any]:
+    deviations = [math.nan if found[1] is None else found[1] for found in (at_epochs, at_steps)]
+    return {
+        "seeds": len(top1),
+        "accuracy": mean,
+        "at_epochs": at_epochs[0],
+        "at_epochs_deviation": deviations[0],
+        "at_steps": at_steps[0],
+        "at_steps_deviation": deviations[1],
+    }

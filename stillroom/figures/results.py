@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,16 +14,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def _spread(seeds: np.ndarray) -> str:
+    """Return what bars are, of so many seeds each."""
+    few, many = seeds.min(), seeds.max()
+    if many == 1:
+        return "one seed"
+    return f"mean ± standard deviation of {few if few == many else f'{few} to {many}'} seeds"
+
+
 @styled
 def draw_tradeoff(arrays: Tradeoff) -> Figure:
     """Figure 1: a line per method and kind of label; colours are methods, shapes are labels."""
     from matplotlib.lines import Line2D
 
-    spread = f"mean ± standard deviation of {arrays.seeds} seeds" if arrays.seeds > 1 else "one seed"
     caption = (
-        f"Top-1 on the test split, last epoch, student {arrays.student}, {spread}. Bytes: images, compensators and "
-        "labels, dynamic labels as if they were stored. All students take as many epochs, so those of sets with more "
-        "views take more steps; hollow: random images in as many steps."
+        f"Top-1 on the test split, last epoch, student {arrays.student}, {_spread(arrays.seeds)}. Bytes: images, "
+        "compensators and labels, dynamic labels as if they were stored. All students take as many epochs, so those of "
+        "sets with more views take more steps; hollow: random images in as many steps."
     )
     figure = new_figure(f"Accuracy against compression, {arrays.dataset}", caption, 7.5, 5)
     axes = figure.subplots()
@@ -73,10 +81,10 @@ def describe_tradeoff(arrays: Tradeoff) -> str:
 @styled
 def draw_gain(arrays: Gain) -> Figure:
     """Figure 4, right: what compensators add, a pair of bars per setting."""
-    spread = f"mean ± standard deviation of {arrays.seeds} seeds, paired" if arrays.seeds > 1 else "one seed"
     caption = (
-        f"Top-1 of the whole set minus top-1 of its naturals alone with the same labels, {spread}. A set with M "
-        "compensators has M + 1 views of a natural: at equal epochs its students take M + 1 times the steps."
+        "Top-1 of the whole set minus top-1 of its naturals alone with the same labels, paired by seed, "
+        f"{_spread(arrays.seeds)}. A set with M compensators has M + 1 views of a natural: at equal epochs its "
+        "students take M + 1 times the steps."
     )
     height = 1.8 + 0.65 * len(arrays.setting)
     figure = new_figure(f"What compensators add to their naturals, {arrays.dataset}", caption, 7, height)
@@ -99,7 +107,8 @@ def draw_gain(arrays: Gain) -> Figure:
     axes.axvline(0, color=axes.xaxis.label.get_color(), linewidth=1)
     axes.margins(x=0.15)
     names = [
-        f"{name}\n(reaches {reached:.1f} %)" for name, reached in zip(arrays.setting, arrays.accuracy, strict=True)
+        f"{textwrap.fill(name, 40)}\n(reaches {reached:.1f} %)"
+        for name, reached in zip(arrays.setting, arrays.accuracy, strict=True)
     ]
     axes.set_yticks(places, names)
     axes.invert_yaxis()

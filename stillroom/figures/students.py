@@ -18,6 +18,7 @@ from stillroom.figures.style import (
     new_figure,
     of_steps,
     panels,
+    plain_ticks,
     styled,
 )
 
@@ -31,6 +32,17 @@ def _students(arrays: Boundaries | Landscape | Difficulty | Calibration | ClassA
     """Return whose students these are: network, labels, steps, in a sentence for captions."""
     steps = listed(of_steps(*pair) for pair in zip(arrays.set.tolist(), arrays.steps.tolist(), strict=True))
     return f"Students: {arrays.student}, {arrays.labels} labels, trained on {steps}."
+
+
+def _in_steps(arrays: Boundaries | Landscape | Difficulty | Calibration | ClassAccuracy) -> str:
+    """Return how long these students were trained, to end a sentence."""
+    trained = dict(zip(arrays.set.tolist(), arrays.steps.tolist(), strict=True))
+    real = trained.pop("real", 0)
+    alike = len(set(trained.values())) == 1
+    said = f"in {max(trained.values()):,} steps" if alike else listed(of_steps(*pair) for pair in trained.items())
+    parts = [] if not trained else [f"students of sets {'trained ' if alike else ''}{said}"]
+    parts += [f"that of real images in {real:,}, as teachers are"] if real else []
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _seeds(arrays: Difficulty | Calibration | ClassAccuracy, shown: str) -> str:
@@ -89,7 +101,8 @@ def describe_boundaries(arrays: Boundaries) -> str:
     """Return how many test images of the classes each student gets right, in one sentence."""
     shares = zip(arrays.set, arrays.accuracy, strict=True)
     parts = [f"the student on {name} gets {100 * share:.0f} % right" for name, share in shares]
-    return f"Test images of {len(arrays.name)} classes of {arrays.dataset} in t-SNE's plane: {listed(parts)}."
+    shown = f"Test images of {len(arrays.name)} classes of {arrays.dataset} in t-SNE's plane"
+    return f"{shown}: {listed(parts)}{_in_steps(arrays)}."
 
 
 @styled
@@ -138,7 +151,7 @@ def describe_landscape(arrays: Landscape) -> str:
         f"on {name} {loss[at[0], at[2]]:.1f} nats at the images, {loss[at[1], at[2]]:.1f} at those of another class"
         for name, loss in zip(arrays.set, arrays.loss, strict=True)
     ]
-    return f"Students' loss around {arrays.images} test images of {arrays.dataset}: {listed(parts)}."
+    return f"Students' loss around {arrays.images} test images of {arrays.dataset}: {listed(parts)}{_in_steps(arrays)}."
 
 
 @styled
@@ -175,7 +188,8 @@ def describe_difficulty(arrays: Difficulty) -> str:
         else f"{name} {100 * own[0]:.0f} % of the easiest and {100 * own[-1]:.0f} % of the hardest images"
         for name, own in zip(arrays.set, share, strict=True)
     ]
-    return f"Right predictions on test images of {arrays.dataset} by {arrays.reference}'s loss: {listed(parts)}."
+    shown = f"Right predictions on test images of {arrays.dataset} by {arrays.reference}'s loss"
+    return f"{shown}: {listed(parts)}{_in_steps(arrays)}."
 
 
 @styled
@@ -220,7 +234,7 @@ def describe_calibration(arrays: Calibration) -> str:
         gap = (np.nan_to_num(arrays.confidence[index] - arrays.accuracy[index]) * weight).sum()
         tone = "too sure" if gap > 0 else "too unsure"
         parts.append(f"{name} {arrays.error[index].mean():.3f} ({tone})")
-    return f"Expected calibration error of students on {arrays.dataset}: {listed(parts)}."
+    return f"Expected calibration error of students on {arrays.dataset}: {listed(parts)}{_in_steps(arrays)}."
 
 
 @styled
@@ -263,7 +277,7 @@ def describe_classes(arrays: ClassAccuracy) -> str:
         best, worst = own.argmax(), own.argmin()
         ends = f"{100 * own[best]:.0f} % ({arrays.name[best]}) to {100 * own[worst]:.0f} % ({arrays.name[worst]})"
         parts.append(f"{name} from {ends}")
-    return f"Top-1 by class of students on {arrays.dataset}: {listed(parts)}."
+    return f"Top-1 by class of students on {arrays.dataset}: {listed(parts)}{_in_steps(arrays)}."
 
 
 @styled
@@ -286,8 +300,9 @@ def draw_divergence(arrays: LabelDivergence) -> Figure:
                 label=name if column == 0 else None,
             )  # fmt: skip
         axes.set_xscale("log")
-        shown = arrays.divergence[:, column][:, arrays.percent >= 1]  # the least of all would stretch the axis
-        axes.set_xlim(max(shown.min() / 2, 1e-9), 2 * shown.max())
+        shown = np.maximum(arrays.divergence[:, column][:, arrays.percent >= 1], 1e-9)  # less would stretch the axis
+        plain_ticks(axes.xaxis, shown)
+        axes.set_xlim(shown.min() / 2, 2 * shown.max())
         axes.set_title(f"temperature {arrays.temperature[column]:g}")
         axes.set_xlabel("divergence at most, nats")
         axes.grid(True)

@@ -62,6 +62,7 @@ def styled(draw: Callable[[Shown], Figure]) -> Draw[Shown]:
             "font.family": ["DejaVu Sans", *(name for name in OTHER_SCRIPTS if name in installed)],
             **dict.fromkeys(inked, ink),
             **dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), paper),
+            "text.parse_math": False,  # class names and folders are whatever people call theirs: "cost $5 to $10"
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.titlesize": 10,
@@ -144,8 +145,10 @@ def bars_of(deviation: np.ndarray) -> np.ndarray | None:
 
 
 def of_steps(name: str, steps: int) -> str:
-    """Return a set's name with its student's steps; a teacher's are not told."""
-    return f"{name} ({steps:,} steps)" if steps else f"{name} (as teachers are)"
+    """Return a set's name with its student's steps; 0: a teacher's, of files that do not tell them."""
+    if name == "real":
+        return f"real images ({steps:,} steps, as teachers take)" if steps else "real images (as teachers are)"
+    return f"{name} ({steps:,} steps)"
 
 
 def listed(parts: Iterable[str]) -> str:

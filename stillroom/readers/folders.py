@@ -138,8 +138,9 @@ def read_folder(root: Path, test_splits: Sequence[str] = TEST_SPLITS, with_test:
     if split is not None and set(present[split]) != set(classes):
         alone = {"train": set(classes) - set(present[split]), split: set(present[split]) - set(classes)}
         where = " and ".join(f"{quoted(sorted(names))} only in {part}/" for part, names in alone.items() if names)
-        raise StillroomError(
-            f"{root} needs the same class folders in train/ and {split}/, but has {where}; add or remove some."
-        )
+        folders = [root / part / name for part, names in alone.items() for name in names]
+        empty = sorted(folder.name for folder in folders if not any(folder.iterdir()))
+        fix = f"remove {quoted(empty)}: empty" if empty else "add or remove some"
+        raise StillroomError(f"{root} needs the same class folders in train/ and {split}/, but has {where}; {fix}.")
     train = read_class_folders(root, "train", classes)
     return Source(train, read_class_folders(root, split, classes) if split is not None else None, classes)
