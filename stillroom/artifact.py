@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
@@ -31,12 +32,17 @@ from torch import Tensor
 from stillroom.errors import StillroomError
 from stillroom.files import Pieces, remove_if_there, sha256_file, write_atomic
 from stillroom.manifest import CARD_ROLES, MANIFEST_NAME, FileFacts, ImageEncoding, Manifest, encode_manifest
+from stillroom.readers import read_column
 
 ROWS_AT_ONCE = 1000  # of a parquet row group: arrow's binary columns end at 2 GiB
 OWN_DATA_FILE = re.compile(r"(images|compensators|labels)-[0-9a-f]{12}\.(parquet|safetensors)")
 OWN_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8}\.tmp|[0-9a-f]{12}\.staged)")
 HELD_BYTES = 2**30  # of pixels that are held decoded: all of Tiny-ImageNet's 50 images per class, not ImageNet's 10
 BLOCK_BYTES = 2**26  # of pixels that are looked at at a time where a set is gone through
+# A file of images may hold one of them again and again, or zeros, in few bytes: what may be read of it is bounded by
+# its size. Encoded images can hardly be compressed, so that 16 times is far above any honest set's.
+LEAST_HELD, HELD_OF_SIZE = 2**27, 16
+ROW_BYTES = 64  # that Python takes for a row, whatever is in it
 
 END_OF_IMAGE, START_OF_SCAN = 0xD9, 0xDA  # of a JPEG file's markers
 METADATA_MARKERS = {*range(0xE1, 0xF0), 0xFE} - {0xEE}  # application data and comments; JFIF's and Adobe's are read
@@ -227,9 +233,11 @@ def decode_images(
 ) -> tuple[Tensor | StoredImages, Tensor, Tensor, tuple[bytes, ...]]:
     """Images, labels and slots of an ImageFile at `path`, of `size` (height, width), and the encoded images themselves.
 
-    Raises ValueError, or whatever the parsers raise, for a file that is not as `facts` say.
+    No more memory is taken than three times what a file of that size may honestly hold. Raises ValueError, or whatever
+    the parsers raise, for a file that is not as `facts` say, or holds more.
     """
     height, width = size
+    most = LEAST_HELD + HELD_OF_SIZE * facts.bytes
     labels: list[int] = []
     slots: list[int] = []
     files: list[bytes] = []
@@ -239,10 +247,24 @@ def decode_images(
             raise ValueError(
                 f"{rows} images of {height} x {width} pixels, not {facts.entries} in {facts.raw_bytes} bytes"
             )
-        for batch in file.iter_batches(ROWS_AT_ONCE, columns=["image", "label", "slot"]):
-            labels += batch.column("label").to_pylist()
-            slots += batch.column("slot").to_pylist()
-            files += batch.column("image").field("bytes").to_pylist()
+        left = most - ROW_BYTES * rows
+
+        def read(group: int, name: str) -> list[Any]:
+            nonlocal left
+            try:
+                column = read_column(file, group, name, path, max(0, left))
+            except StillroomError as error:
+                raise ValueError(
+                    f"{path.name} has {facts.bytes:,} bytes, but stands for more than {most:,}, which no set that was "
+                    "honestly saved does"
+                ) from error
+            left -= column.nbytes
+            return (pc.struct_field(column, "bytes") if name == "image" else column).to_pylist()
+
+        for group in range(file.num_row_groups):
+            labels += read(group, "label")
+            slots += read(group, "slot")
+            files += read(group, "image")
     images = decode_files(files, encoding, size)
     if isinstance(images, StoredImages):  # nothing is decoded yet, but what the headers say can be held against it
         for content in files:

@@ -69,7 +69,8 @@ class DataConfig:
     flip: Literal["auto", "on", "off"] = "auto"
     """Whether a mirrored image keeps its class, so that training may flip. auto: yes, except for digits."""
     memory_limit_gib: float = 4.0
-    """A split that needs more than this as uint8 pixels is decoded batch by batch; 0 decodes everything so."""
+    """A split that needs more than this as uint8 pixels is decoded batch by batch; 0 decodes everything so. Files that
+    are held by one limit and not by another have two fingerprints: a run, and trained teachers, stay with the one."""
     licence: str | None = None
     """What the owner of these images allows: an identifier such as cc-by-4.0, or words. It stands in the set's manifest
     and card. None: what is known of a named dataset."""

@@ -29,6 +29,7 @@ from stillroom.readers import ArrayImages, Span, Split, Stored
 Resize = Literal["refuse", "squash", "crop"]
 Triple = tuple[float, float, float]
 
+HEADERS_READ = 20_000  # of a lazy split, spread evenly, before work begins: seconds where files are near
 # EPS is left out on purpose: Pillow hands it to an external program.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
@@ -100,8 +101,11 @@ class LazyImages:
     def batch(self, indices: Tensor) -> Tensor:
         """See `Images.batch`."""
         pixels, bad = _decode(self.stored, self.rows[indices.cpu().numpy()], self.size, self.resize)
-        if bad:
-            raise _bad_images([reason for _, reason in bad])
+        if bad:  # whose sizes are in the fingerprint, as is which images were left out
+            raise StillroomError(
+                f"{_count_bad([reason for _, reason in bad])}. Restore them as they were and go on; or leave them out "
+                "with --data.skip-bad-images and a new --out, where teachers begin anew."
+            )
         return torch.from_numpy(pixels).to(self.device)
 
     def to(self, device: torch.device | str) -> LazyImages:
@@ -125,7 +129,9 @@ def load_images(
     """-> the images at `rows`, the rows that are left after skipping bad ones, how often each value 0 ... 255 occurs in
     each channel, int64 [3, 256] (zeros unless `count_levels`), and why each skipped one was.
 
-    Lazy images are decoded here only where something needs all of them: counting, or skipping bad ones.
+    Lazy images are decoded here only where something needs all of them: counting, or skipping bad ones. Else headers
+    of up to HEADERS_READ of them are read, where each has a file or a span of its own: most bad files, and images of
+    another size, are found before any work is spent.
     """
     stored = split.images
     levels = np.zeros((3, 256), np.int64)
@@ -153,6 +159,8 @@ def load_images(
         if not lazy:
             images[filled : filled + len(good)] = good
             filled += len(good)
+    if lazy and not (count_levels or skip_bad_images):
+        reasons = _check_headers(stored, rows[:: -(-len(rows) // HEADERS_READ)], size, resize)
     if reasons and not skip_bad_images:
         raise _bad_images(reasons)
     rows = rows[is_good]
@@ -253,6 +261,28 @@ def common_side(stored: Stored, rows: np.ndarray) -> int | None:
     return sizes.pop()[0] if sizes else None
 
 
+def _check_headers(stored: Stored, rows: np.ndarray, size: int, resize: Resize) -> list[str]:
+    """Why each of the images at `rows` cannot be read, by its header; nothing where many lie in one piece (parquet).
+
+    Raises StillroomError, under "refuse", for one of another size.
+    """
+    if not isinstance(stored.fetch(rows[:1])[0], Path | Span):
+        return []
+
+    def look(row: int) -> str | None:
+        try:
+            with _open_image(stored.fetch(np.array([row]))[0]) as image:
+                found = image.size
+        except Exception as error:  # see _decode
+            return _reason(stored, row, error)
+        if resize == "refuse" and found != (size, size):
+            raise _other_size(stored, row, found, size)
+        return None
+
+    with _pillow_warnings(), ThreadPoolExecutor(16) as pool:  # most of the time goes by in waiting for files
+        return [reason for reason in pool.map(look, rows) if reason is not None]
+
+
 def _decode(stored: Stored, rows: np.ndarray, size: int, resize: Resize) -> tuple[np.ndarray, list[tuple[int, str]]]:
     """-> uint8 [len(rows), 3, size, size], and (position, reason) of each bad image, whose pixels are 0."""
     items = stored.fetch(rows)
@@ -297,14 +327,18 @@ def _to_square(image: Image.Image, size: int, resize: Resize, stored: Stored, ro
     if (width, height) == (size, size):
         return image
     if resize == "refuse":
-        raise StillroomError(
-            f"{stored.name(row)} is {width}x{height} pixels (width x height), not {size}x{size}. Pass --data.resize "
-            "crop or --data.resize squash, or another --data.image-size."
-        )
+        raise _other_size(stored, row, image.size, size)
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     box = (left, top, left + side, top + side) if resize == "crop" else None
     return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+
+
+def _other_size(stored: Stored, row: int, found: tuple[int, int], size: int) -> StillroomError:
+    return StillroomError(
+        f"{stored.name(row)} is {found[0]}x{found[1]} pixels (width x height), not {size}x{size}. Pass --data.resize "
+        "crop or --data.resize squash, or another --data.image-size."
+    )
 
 
 def _reason(stored: Stored, row: int, error: Exception) -> str:
@@ -317,8 +351,11 @@ def name_some(reasons: Sequence[str]) -> str:
     return "; ".join(reasons[:5]) + ("; ..." if len(reasons) > 5 else "")
 
 
+def _count_bad(reasons: list[str]) -> str:
+    return f"{len(reasons)} image{'s' if len(reasons) > 1 else ''} cannot be read: {name_some(reasons)}"
+
+
 def _bad_images(reasons: list[str]) -> StillroomError:
     return StillroomError(
-        f"{len(reasons)} image{'s' if len(reasons) > 1 else ''} cannot be read: {name_some(reasons)}. Replace or "
-        "remove them, or leave them out with --data.skip-bad-images."
+        f"{_count_bad(reasons)}. Replace or remove them, or leave them out with --data.skip-bad-images."
     )

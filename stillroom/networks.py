@@ -19,10 +19,13 @@ from __future__ import annotations
 
 import copy
 import difflib
+import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 from urllib.error import URLError
 
@@ -30,6 +33,7 @@ import torch
 from torch import nn
 
 from stillroom.errors import StillroomError, suggest
+from stillroom.files import sha256_file
 
 SMALL = 64  # px: up to this side, small-image stems
 SMALLEST = 8  # px: three halvings must leave a pixel
@@ -77,15 +81,30 @@ def build_network(name: str, classes: int, image_size: int, seed: int = 0, *, ch
 def load_pretrained_imagenet(name: str) -> nn.Module:
     """Load torchvision's IMAGENET1K_V1 weights (1000 classes, 224 px), in eval mode, from torch hub's cache or the web.
 
-    Raises StillroomError when there are none for `name`, or when they are neither cached nor to be had.
+    A file is held against the first digits of its SHA-256, which are in its name, whenever it is read, and nothing in
+    it is run. Raises StillroomError when there are none for `name`, when they are neither cached nor to be had, and
+    when the cached file is not the published one.
     """
     published = {key: row.imagenet for key, row in NETWORKS.items() if row.imagenet}
     if name not in published:
         raise StillroomError(f"No ImageNet weights for network {name!r}." + suggest(name, published))
     model = build_network(name, classes=1000, image_size=224)
     weights = _models().get_model_weights(published[name])["IMAGENET1K_V1"]
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
+    digits = re.search(r"-([0-9a-f]{8,})\.", cached.name)
+    # torch checks them where it downloads the file, and never again
+    if cached.exists() and (digits is None or not sha256_file(cached).startswith(digits[1])):
+        raise StillroomError(
+            f"{cached} is not the file that torchvision publishes: its SHA-256 does not begin as its name says. It is "
+            "damaged, or another's: delete it, and it is fetched anew."
+        )
     try:
-        model.load_state_dict(weights.get_state_dict(progress=False, check_hash=True))
+        model.load_state_dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
+    except pickle.UnpicklingError as error:
+        raise StillroomError(
+            f"{cached} holds code or other things beside weights, none of which was run: delete it, and it is fetched "
+            "anew."
+        ) from error
     except (URLError, OSError, RuntimeError) as error:
         raise StillroomError(
             f"Could not load the ImageNet weights of {name!r} ({error}). They are read from {torch.hub.get_dir()}"

@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 CHECKPOINT_SECONDS = 60.0
 ASKING_SECONDS = 0.1  # longer than anybody holds the lock of a run to ask whether it is held
 UNIT_SUFFIXES = (".json", ".safetensors")
+HINTS = {  # of settings whose difference does not say what made it
+    "data_fingerprint": " (other images; or the same, held in memory the one time and read batch by batch the other, "
+    "by another --data.memory-limit-gib)"
+}
 
 Result = TypeVar("Result")
 Made = tuple[dict[str, Any], dict[str, Tensor]]  # a unit's small results, and its tensors
@@ -147,8 +151,9 @@ class Run:
         may_be_new: sections that an old run may be without, and then gets.
 
         Returns the plan to work with: the stored one where there is one, so that a resumed run computes the same
-        bits. A run in which no unit is begun takes another configuration. Raises StillroomError with the differing
-        fields where the directory holds work of another one, and where workers that share it are not of one kind.
+        bits. A run in which no unit is begun takes another configuration, but not from one of several workers: others
+        may be training teachers by the first. Raises StillroomError with the differing fields where the directory holds
+        work of another one, and where workers that share it are not of one kind.
         """
         if self.directory is None:
             return plan
@@ -159,6 +164,8 @@ class Run:
         self, directory: Path, settings: dict[str, Any], plan: dict[str, Any], may_be_new: Collection[str]
     ) -> dict[str, Any]:
         path = directory / "config.json"
+        if self.worker is not None:  # another one may have written it just now
+            _look_anew(directory)
         settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be read back
         begun = any(entry for part in ("units", "checkpoints") for entry in (directory / part).iterdir())
         needed = ("settings", "plan")
@@ -167,7 +174,8 @@ class Run:
                 f"{str(path)!r} is gone, so nothing says of which settings the finished units of this run are; restore "
                 "it, or give another directory with --out (trained teachers are in the cache)"
             )
-        if not path.exists() or (not begun and read_sealed(path, needed)["settings"] != settings):
+        free = self.worker is None and not begun
+        if not path.exists() or (free and read_sealed(path, needed)["settings"] != settings):
             write_json(path, seal({"settings": settings, "plan": plan}, {}, path))
             self.event("opened")
             return plan
@@ -184,7 +192,9 @@ class Run:
             write_json(path, seal(stored, {}, path))
         differences = list(_differences(stored["settings"], settings))
         if differences:
-            lines = "\n".join(f"  {name}: {old!r} there, {new!r} now" for name, old, new in differences)
+            lines = "\n".join(
+                f"  {name}: {old!r} there, {new!r} now{HINTS.get(name, '')}" for name, old, new in differences
+            )
             raise StillroomError(
                 f"run directory {str(directory)!r} holds another configuration:\n{lines}\n"
                 "give another directory with --out, or the same settings"
@@ -226,8 +236,8 @@ class Run:
         """Whether the unit is finished (as JSON or as tensors)."""
         if self.directory is None:
             return False
-        if self.worker is not None:  # a network file system remembers a missing file until its folder is opened anew
-            os.close(os.open(self.directory / "units", os.O_RDONLY))
+        if self.worker is not None:
+            _look_anew(self.directory / "units")
         return any(self._unit(name, s).exists() for s in UNIT_SUFFIXES)
 
     def carry_out(self, tasks: Sequence[Task]) -> list[Made]:
@@ -544,6 +554,11 @@ def _lock(directory: Path, shared: bool) -> Any:
     lock.write(str(os.getpid()))
     lock.flush()
     return lock
+
+
+def _look_anew(folder: Path) -> None:
+    """Open the folder: until then a network file system remembers that a file was missing there."""
+    os.close(os.open(folder, os.O_RDONLY))
 
 
 def _sign_off(lock: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -15,10 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
-from stillroom import softlabels
+from stillroom import artifact, softlabels
+from stillroom.compute import Plan
+from stillroom.data import RealData
+from stillroom.distilled import load_distilled
 from stillroom.errors import StillroomError
-from stillroom.files import load_torch
+from stillroom.files import load_torch, sha256_bytes
+from stillroom.manifest import MANIFEST_NAME, SEAL_KEY, _seal, file_name
+from stillroom.methods.select import RandomConfig, distill_random
 from stillroom.readers import parquet, read_column, read_parquet
+from stillroom.run import Run
 
 
 def png() -> bytes:
@@ -106,3 +113,48 @@ def test_torch_s_archives_are_read_as_torch_writes_them_and_never_unpacked(tmp_p
             new.writestr(part.filename, old.read(part))
     with pytest.raises(ValueError, match="its parts are compressed, which torch does not do"):
         load_torch(tmp_path / "c.pt")
+
+
+def save_as_a_set(folder: Path, parquet: bytes, rows: int) -> None:
+    """Put `parquet` into a set of 8 x 8 pixels, as its images, by a manifest that fits them."""
+    manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
+    (folder / manifest["files"]["images"]["name"]).unlink()
+    digest = sha256_bytes(parquet)
+    facts = {"name": file_name("images", digest), "bytes": len(parquet), "sha256": digest, "entries": rows}
+    manifest["files"]["images"] = facts | {"raw_bytes": rows * 3 * 8 * 8}
+    (folder / facts["name"]).write_bytes(parquet)
+    (folder / MANIFEST_NAME).write_bytes(_seal({k: v for k, v in manifest.items() if k != SEAL_KEY}))
+
+
+def set_of(value: bytes, rows: int) -> bytes:
+    """The images of a set: one so many times, in a dictionary that holds it once."""
+    codes, numbers = pa.array(np.zeros(rows, np.int32)), pa.array(np.zeros(rows, np.int64))
+    image = pa.StructArray.from_arrays(
+        [pa.DictionaryArray.from_arrays(codes, pa.array([value], pa.binary())), pa.nulls(rows, pa.string())],
+        ["bytes", "path"],
+    )
+    sink = io.BytesIO()
+    table = pa.table({"image": image, "label": numbers, "slot": pa.array(np.arange(rows) % 8)})
+    pq.write_table(table, sink, store_schema=False, row_group_size=rows, compression="zstd")
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(("value", "rows"), [(png() + bytes(2**20), 500), (b"", 2**20)])
+def test_a_distilled_set_whose_few_bytes_stand_for_many_is_refused_in_little_memory(
+    toy: RealData, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: bytes, rows: int
+) -> None:
+    distill_random(toy, [], 2, RandomConfig(), 0, plan, Run()).save(tmp_path / "set")
+    save_as_a_set(tmp_path / "set", set_of(png(), 8), 8)
+    assert len(load_distilled(tmp_path / "set").images) == 8
+    monkeypatch.setattr(artifact, "LEAST_HELD", 2**25)
+    content = set_of(value, rows)
+    assert len(content) < 2**16
+    save_as_a_set(tmp_path / "set", content, rows)
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pool := pa.system_memory_pool())
+    try:
+        with pytest.raises(StillroomError, match=rf"images-.*has {len(content):,} bytes, but stands for more than"):
+            load_distilled(tmp_path / "set")
+    finally:
+        pa.set_memory_pool(before)
+    assert pool.max_memory() < 2**27

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -37,6 +38,9 @@ from stillroom.data import (
     load_real,
 )
 from stillroom.errors import StillroomError
+from stillroom.images import load_images
+from stillroom.readers import Split
+from stillroom.readers.stored import FileImages
 
 EVERYTHING_LAZY = 0.0
 SIDE = 6
@@ -324,7 +328,8 @@ def test_tiny_imagenet_names_a_bad_annotation_and_a_missing_image(tmp_path):
 def test_imagenet_is_read_lazily_from_class_folders_without_decoding_them_first(tmp_path, monkeypatch, folder):
     monkeypatch.setitem(FACTS, "imagenet", replace(FACTS["imagenet"], classes=2, image_size=4))
     root = write_folder(tmp_path / folder, ("train", "val", "test"))
-    (root / "train" / "b" / "2.png").write_bytes(b"not an image")
+    bad = root / "train" / "b" / "2.png"
+    bad.write_bytes(bad.read_bytes()[:50])  # its header is whole
     with pytest.raises(StillroomError, match="1 image cannot be read"):
         load("imagenet", root=str(tmp_path), resize="squash")
     real = load("imagenet", root=str(tmp_path), resize="squash", memory_limit_gib=EVERYTHING_LAZY)
@@ -974,8 +979,25 @@ def test_a_lazy_batch_names_the_image_that_became_unreadable(tmp_path):
     root = write_folder(tmp_path)
     real = load(root, memory_limit_gib=EVERYTHING_LAZY)
     (root / "train" / "b" / "0.png").unlink()
-    with pytest.raises(StillroomError, match=r"b/0\.png"):
+    with pytest.raises(
+        StillroomError, match=r"b/0\.png.* Restore them .* --data\.skip-bad-images and a new --out, whe"
+    ):
         real.train.batch(torch.tensor([0, 3]))
+
+
+@pytest.mark.parametrize(("resize", "found"), [("refuse", "2x2 pixels"), ("squash", "1 image cannot be read: .*b/1")])
+def test_of_lazy_images_that_are_not_decoded_ahead_the_headers_are_looked_at(tmp_path, resize, found):
+    folder = write_folder(tmp_path) / "train"
+    names = ("a/0.png", "a/1.png", "b/0.png", "b/1.png")
+    split = Split(FileImages(folder, names), np.array([0, 0, 1, 1]))
+    lazily = functools.partial(load_images, split, np.arange(4), SIDE, resize, False, 0.0, count_levels=False)
+    assert isinstance(lazily()[0], LazyImages)
+    if resize == "refuse":
+        Image.new("RGB", (2, 2)).save(folder / "b" / "1.png")
+    else:
+        (folder / "b" / "1.png").write_bytes(b"not an image")
+    with pytest.raises(StillroomError, match=found):
+        lazily()
 
 
 def test_the_fingerprint_is_that_of_names_labels_and_pixels_and_changes_with_each(tmp_path):

@@ -15,8 +15,8 @@ PACKAGE = Path(stillroom.__file__).parent
 # From the ground up. A module imports from lower lines alone, never from its own line.
 LAYERS = (
     ("errors",),
-    ("arrays", "files", "compute", "networks", "augment", "settings", "markup", "paper", "scores", "muon", "sinks"),
-    ("render", "events", "claims", "readers.stored", "readers.listing"),
+    ("arrays", "files", "compute", "augment", "settings", "markup", "paper", "scores", "muon", "sinks"),
+    ("networks", "render", "events", "claims", "readers.stored", "readers.listing"),
     ("readers.digits", "readers.npz", "readers.cifar", "readers.folders", "readers.parquet", "readers.tar"),
     ("readers.ilsvrc", "readers.tiny_imagenet", "readers.shards"),
     ("readers",),

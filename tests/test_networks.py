@@ -1,5 +1,8 @@
+import hashlib
+import io
 import os
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -275,15 +278,64 @@ def test_a_network_with_more_than_one_output_is_refused() -> None:
         build_network("torchvision:googlenet", 10, 32)
 
 
+def cache_as_published(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes) -> Path:
+    """Put `content` into torch hub's cache, as the weights of `name` that torchvision publishes by its hash."""
+    weights = torchvision.models.get_model_weights(NETWORKS[name].imagenet)["IMAGENET1K_V1"]
+    digits = hashlib.sha256(content).hexdigest()[:8]
+    monkeypatch.setattr(weights.value, "url", f"https://download.pytorch.org/models/{name}-{digits}.pth")
+    monkeypatch.setenv("TORCH_HOME", str(folder))
+    path = folder / "hub" / "checkpoints" / f"{name}-{digits}.pth"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    return path
+
+
+def saved_by_torch(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+class Payload:
+    """Makes a folder where it is unpickled."""
+
+    def __init__(self, harm: Path) -> None:
+        self.harm = harm
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.harm),)
+
+
 def test_imagenet_weights_are_read_from_the_cache_of_torch_hub(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     published = build_network("shufflenet_v2", 1000, 224, seed=5).state_dict()
-    url = torchvision.models.get_model_weights("shufflenet_v2_x1_0")["IMAGENET1K_V1"].url
-    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    torch.save(published, tmp_path / "hub" / "checkpoints" / os.path.basename(url))
+    cache_as_published(tmp_path, monkeypatch, "shufflenet_v2", saved_by_torch(published))
     model = load_pretrained_imagenet("shufflenet_v2")
     assert not model.training
     assert all(torch.equal(value, published[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("hash_fits", [True, False])
+def test_code_in_cached_imagenet_weights_never_runs(tmp_path, monkeypatch, hash_fits: bool) -> None:
+    harm = tmp_path / "harm"
+    path = cache_as_published(tmp_path, monkeypatch, "shufflenet_v2", saved_by_torch({"a": Payload(harm)}))
+    if not hash_fits:
+        path.write_bytes(saved_by_torch({"b": Payload(harm)}))
+    message = "holds code or other things" if hash_fits else "is not the file that torchvision publishes"
+    with pytest.raises(StillroomError, match=f"{path} {message}.* delete it, and it is fetched anew"):
+        load_pretrained_imagenet("shufflenet_v2")
+    assert not harm.exists()
+    torch.load(path, weights_only=False)
+    assert harm.exists()  # the payload was live
+
+
+def test_cached_imagenet_weights_that_are_damaged_are_refused(tmp_path, monkeypatch) -> None:
+    published = build_network("shufflenet_v2", 1000, 224, seed=5).state_dict()
+    path = cache_as_published(tmp_path, monkeypatch, "shufflenet_v2", saved_by_torch(published))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # in a tensor, which torch would load
+    path.write_bytes(content)
+    with pytest.raises(StillroomError, match="its SHA-256 does not begin as its name says"):
+        load_pretrained_imagenet("shufflenet_v2")
 
 
 def test_imagenet_weights_out_of_reach_give_one_clear_error(tmp_path, monkeypatch) -> None:

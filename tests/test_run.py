@@ -356,3 +356,13 @@ def test_damaged_events_and_a_clock_set_back_do_not_stop_a_run(tmp_path: Path) -
 def test_time_between_processes_is_not_time_spent(told: list[str], seconds: float) -> None:
     spelt = [(float(at), kind) for at, kind in (line.split() for line in told)]
     assert seconds_within({"time": 1e9 + at, "event": kind} for at, kind in spelt) == seconds
+
+
+def test_a_refusal_for_other_images_names_the_memory_limit_as_what_may_have_made_them_other(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        run.bind_config({"data_fingerprint": "a"}, PLAN)
+        run.finish_unit("one", {})
+        with pytest.raises(
+            StillroomError, match=r"data_fingerprint: 'a' there, 'b' now \(.* --data.memory-limit-gib\)"
+        ):
+            run.bind_config({"data_fingerprint": "b"}, PLAN)

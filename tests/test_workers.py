@@ -23,6 +23,7 @@ from stillroom import teachers as teachers_module
 from stillroom.compute import Plan
 from stillroom.data import RealData
 from stillroom.errors import StillroomError, TimeLimitReached
+from stillroom.files import seal, write_json
 from stillroom.networks import NETWORKS
 from stillroom.run import InOtherHands, Run, Task
 from stillroom.teachers import TeachersConfig, cache_entry, load_teachers
@@ -335,3 +336,30 @@ def test_the_job_array_is_the_same_command_for_every_task(tmp_path: Path) -> Non
     assert command is not None
     assert (command.recipe, command.engine, command.out, command.time_limit) == ("digits", "shared", out, "3h50m")
     assert (command.settings.ipc, command.settings.compute.threads) == (5, 3)
+
+
+def test_a_worker_never_replaces_the_configuration_that_another_one_goes_by(tmp_path: Path) -> None:
+    with Run(tmp_path, worker="a") as run, Run(tmp_path, worker="b") as other:
+        run.bind_config({"steps": 1000}, PLAN)  # and trains teachers, which are no units
+        with pytest.raises(StillroomError, match="another configuration:\n  steps: 1000 there, 2 now"):
+            other.bind_config({"steps": 2}, PLAN)
+        assert run.bind_config({"steps": 1000}, PLAN) == other.bind_config({"steps": 1000}, PLAN) == PLAN
+    with Run(tmp_path) as run:  # alone, and nothing is begun
+        run.bind_config({"steps": 2}, PLAN)
+
+
+def test_of_workers_that_begin_at_once_the_first_binds_the_settings_and_others_wait_to_compare(
+    tmp_path: Path, waits: list[Callable[[], None]]
+) -> None:
+    with Run(tmp_path, worker="b") as run, another_worker_at(tmp_path / "workers" / "claims", "config.json") as other:
+
+        def bound_by_the_other() -> None:
+            path = tmp_path / "config.json"
+            write_json(path, seal({"settings": {"steps": 1000}, "plan": PLAN}, {}, path))
+            other.kill()
+            other.wait()
+
+        waits.append(bound_by_the_other)
+        with pytest.raises(StillroomError, match="steps: 1000 there, 2 now"):
+            run.bind_config({"steps": 2}, PLAN)
+    assert not waits

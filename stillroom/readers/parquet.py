@@ -31,28 +31,29 @@ def _reading_parquet(path: Path) -> Iterator[None]:
         raise StillroomError(f"{path} cannot be read as parquet: {error}. Fetch the file again.") from error
 
 
-def read_column(file: Any, group: int, column: str, where: Path) -> Any:
+def read_column(file: Any, group: int, column: str, where: Path, most: int | None = None) -> Any:
     """Return a row group's column of an open parquet file, a pyarrow ChunkedArray, in memory that is bounded.
 
-    Raises StillroomError where it takes more than LARGEST_GROUP; no more than twice that is taken.
+    Raises StillroomError where it takes more than `most` bytes (None: LARGEST_GROUP); no more than twice that is taken.
     """
     import pyarrow as pa
 
+    most = LARGEST_GROUP if most is None else most
     meta = file.metadata.row_group(group)
     chunks = [meta.column(c) for c in range(meta.num_columns)]
     # No value is larger than all that is stored, however often it comes.
     stored = sum(c.total_uncompressed_size for c in chunks if _belongs(c.path_in_schema, column))
-    rows = max(1, min(1024, LARGEST_GROUP // max(1, stored)))
+    rows = max(1, min(1024, most // max(1, stored)))
     taken, parts = stored, []
-    batches = file.iter_batches(rows, row_groups=[group], columns=[column]) if stored <= LARGEST_GROUP else ()
+    batches = file.iter_batches(rows, row_groups=[group], columns=[column]) if stored <= most else ()
     for batch in batches:
         taken += batch.nbytes
-        if taken > LARGEST_GROUP:
+        if taken > most:
             break
         parts.append(batch.column(0))
-    if taken > LARGEST_GROUP:
+    if taken > most:
         raise StillroomError(
-            f"{where} holds more than {LARGEST_GROUP / 2**30:.1f} GiB of {column!r} in row group {group}; write it in "
+            f"{where} holds more than {most / 2**30:.1f} GiB of {column!r} in row group {group}; write it in "
             "smaller row groups, or do not trust it"
         )
     return pa.chunked_array(parts, file.schema_arrow.field(column).type)

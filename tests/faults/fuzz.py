@@ -48,8 +48,8 @@ from stillroom.data import DataConfig, load_real
 from stillroom.distilled import load_distilled
 from stillroom.errors import StillroomError
 from stillroom.exchange import ImportConfig, import_set
-from stillroom.files import load_tensors, save_tensors, seal
-from stillroom.manifest import MANIFEST_NAME, SEAL_KEY, _seal
+from stillroom.files import load_tensors, save_tensors, seal, sha256_bytes
+from stillroom.manifest import MANIFEST_NAME, SEAL_KEY, _seal, file_name
 from stillroom.networks import NETWORKS
 from stillroom.readers import read_cifar_pickles
 from stillroom.recipes import RECIPES, Recipe
@@ -61,6 +61,7 @@ MEMORY = 2**30  # bytes that a child may take beyond what it begins with
 AT_ONCE = 25  # inputs of a child
 PLAN = {"seed_scheme": 1, "device": "cpu", "compile": "off", "processor": "", "torch_version": ""}
 CANARY = "code-was-run"
+ABSOLUTE = Path("/tmp/escaped")  # where names that lead out lead to, before their suffixes
 
 
 class Evil:
@@ -129,6 +130,16 @@ def parquet_of(value: bytes, rows: int, label: Any = 0, **settings: Any) -> byte
     labels = pa.DictionaryArray.from_arrays(codes, pa.array([label]))
     sink = io.BytesIO()
     table = pa.table({"image": image, "label": labels})
+    pq.write_table(table, sink, store_schema=False, row_group_size=rows, **settings)
+    return sink.getvalue()
+
+
+def set_of(value: bytes, rows: int, **settings: Any) -> bytes:
+    """The images of a distilled set: one so many times, which a dictionary holds once."""
+    repeated = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([value], pa.binary()))
+    image = pa.StructArray.from_arrays([repeated, pa.nulls(rows, pa.string())], ["bytes", "path"])
+    table = pa.table({"image": image, "label": np.zeros(rows, np.int64), "slot": np.arange(rows) % 8})
+    sink = io.BytesIO()
     pq.write_table(table, sink, store_schema=False, row_group_size=rows, **settings)
     return sink.getvalue()
 
@@ -247,6 +258,24 @@ def read_resealed(folder: Path) -> None:
     load_distilled(folder)
 
 
+def read_refitted(folder: Path) -> None:
+    """Read a set whose manifest was made to fit its images after these were damaged, so that they are looked at."""
+    path = folder / MANIFEST_NAME
+    held = json.loads(path.read_bytes())
+    (images,) = folder.glob("images-*.parquet")
+    content = images.read_bytes()
+    try:
+        rows = pq.read_metadata(images).num_rows
+    except Exception:  # no parquet any more
+        rows = 0
+    digest = sha256_bytes(content)
+    images.rename(folder / file_name("images", digest))
+    facts = {"name": file_name("images", digest), "bytes": len(content), "sha256": digest}
+    held["files"]["images"] = facts | {"entries": rows, "raw_bytes": rows * 3 * 8 * 8}
+    path.write_bytes(_seal({key: value for key, value in held.items() if key != SEAL_KEY}))
+    load_distilled(folder)
+
+
 def read_weights(folder: Path) -> None:
     for path in folder.glob("weights.*"):
         load_checkpoint("toynet", path, conftest.build_toy())
@@ -325,8 +354,8 @@ def formats() -> dict[str, Format]:
     out = samples() | {
         "../../escaped.png": png(),
         "../../escaped.cls": b"0",
-        "/tmp/escaped.png": png(),
-        "/tmp/escaped.cls": b"1",
+        f"{ABSOLUTE}.png": png(),
+        f"{ABSOLUTE}.cls": b"1",
     }
     large = tarfile.TarInfo("9.png")
     large.size = 2**50
@@ -352,6 +381,18 @@ def formats() -> dict[str, Format]:
     )
     yes["manifest"] = Format(write_set, MANIFEST_NAME, read_resealed, {"deep": b"[" * 10**6})
     yes["distilled set"] = Format(write_set, "*.*", load_distilled, {})
+    yes["distilled images"] = Format(
+        write_set,
+        "images-*.parquet",
+        read_refitted,
+        {
+            "one image many times": set_of(png() + bytes(2**20), 3_000, compression="zstd"),
+            "rows without end": set_of(b"", 2 * 10**7, compression="zstd"),
+            "compression bomb": set_of(bytes(2**29), 3, compression="zstd"),
+            "bomb of an image": set_of(BOMBS["decompression bomb"], 4),
+            "huge declared size": set_of(BOMBS["huge declared size"], 4),
+        },
+    )
     config = yaml.safe_dump({"ipc": 5, "infer": {"steps": 3}, "data": {"source": "x"}}).encode()
     yes["YAML"] = Format(
         lambda f: (f / "c.yaml").write_bytes(config),
@@ -434,6 +475,28 @@ def mutate(content: bytes, chance: random.Random) -> bytes:
     return bytes(data)
 
 
+def strays(root: Path, place: Path) -> dict[Path, int]:
+    """Everything below `root` but `place`, and what lies where the inputs' absolute names lead: by when it changed."""
+    below = {path: 0 for path in root.rglob("*") if path != place and place not in path.parents}
+    return below | {path: path.lstat().st_mtime_ns for path in ABSOLUTE.parent.glob(f"{ABSOLUTE.name}*")}
+
+
+def read_watched(kind: Format, place: Path, root: Path) -> str:
+    """Read the folder `place`: "read", "refused", or what went wrong, files that appeared outside of it among that."""
+    before = strays(root, place)
+    try:
+        kind.read(place)
+        end = "read"
+    except StillroomError as error:
+        end = "refused" if len(str(error)) < 5000 else "message too long"
+    except BaseException:
+        end = traceback.format_exc()[-1500:]
+    appeared = sorted(path for path, changed in strays(root, place).items() if before.get(path) != changed)
+    for path in appeared:  # so that the next input can be seen to make it
+        path.unlink() if path.is_file() or path.is_symlink() else None
+    return f"files appeared: {[str(path) for path in appeared]}" if appeared else end
+
+
 def try_inputs(kind: Format, folder: Path, contents: list[tuple[str, int, bytes | None, int]], log: Path) -> int:
     """Read each input in this process, which is a child; a line of JSON for each goes to `log`, before and after."""
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -452,13 +515,7 @@ def try_inputs(kind: Format, folder: Path, contents: list[tuple[str, int, bytes 
                 path.write_bytes(mutate(path.read_bytes(), chance) if hostile is None else hostile)
             file.write(json.dumps({"begun": name}) + "\n")
             file.flush()
-            try:
-                kind.read(place)
-                end = "read"
-            except StillroomError as error:
-                end = "refused" if len(str(error)) < 5000 else "message too long"
-            except BaseException:
-                end = traceback.format_exc()[-1500:]
+            end = read_watched(kind, place, folder.parents[2])
             file.write(json.dumps({"input": name, "end": end}) + "\n")
     return 0
 
@@ -514,9 +571,7 @@ def run_fuzz(folder: Path, inputs: int, seed: int, only: tuple[str, ...] = ()) -
                 failures.append(f"{tried[0][0]}: the process ended by {told.code}: {told.err[-500:]}")
                 counts[name]["FAILED"] += 1
                 tried = tried[1:]
-            left = [
-                p for p in (sandbox / CANARY, folder / CANARY, Path(CANARY), folder / "a" / "escaped.png") if p.exists()
-            ]
+            left = [p for p in (sandbox / CANARY, folder / CANARY, Path(CANARY)) if p.exists()]
             if left or outside != sorted(map(str, SETS.rglob("*"))) or set(os.listdir(sandbox)) - {"input"}:
                 failures.append(f"{name}: files appeared: {left} {os.listdir(sandbox)}")
                 break
