@@ -67,7 +67,7 @@ from stillroom.scores import (
     improvement_over_random,
     label_robust_score,
 )
-from stillroom.students import Evaluation, StudentConfig, evaluate
+from stillroom.students import Evaluation, StudentConfig, evaluate, name_students
 from stillroom.teachers import Teacher, load_teachers
 
 # What a cell may fail of without losing the others: bad input, memory, a matrix that no routine decomposes, whatever a
@@ -415,6 +415,7 @@ def compare_cell(entry: Entry, saved: DistilledSet, labels: LabelKind, cells: li
         "matched_ipc": entry.recipe.ipc,
         "labels": labels,
         "student": work.student.network,
+        "unit": name_students(own.name, work.student.network),
         "steps": result.steps,
         "top1": [round(100 * v, 3) for v in result.top1],
         "mean": round(100 * result.mean, 3),

@@ -57,7 +57,7 @@ class Publication:
         return [
             f"{self.repo}, seen by {'its owner alone' if self.private else 'everybody'}:",
             *(f"- {name}: {count:,} bytes" for name, count in size.items()),
-            f"- class names: {', '.join(names[:SHOWN_NAMES])}{more}",
+            f"- class names: {', '.join(map(repr, names[:SHOWN_NAMES]))}{more}",
             f"- made of: {facts.name}, whose licence is {facts.licence}",
             *(f"- {note}" for note in self.notes),
         ]

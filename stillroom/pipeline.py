@@ -35,7 +35,7 @@ from stillroom.networks import build_network
 from stillroom.protocols import name_protocol
 from stillroom.recipes import EXPECTED, RECIPES, Recipe
 from stillroom.run import Run, Task
-from stillroom.students import Evaluation, evaluate, hash_labels, steps_for
+from stillroom.students import Evaluation, evaluate, hash_labels, name_students, steps_for
 from stillroom.teachers import Teacher, check_config, load_teachers
 
 # A budget above or below these is doubted before the work begins. Random images of CIFAR-100 with static labels reached
@@ -525,6 +525,7 @@ def _row(cell: Cell, evaluation: Evaluation) -> dict[str, Any]:
         "set": cell.set,
         "labels": cell.labels,
         "budget": cell.budget,
+        "unit": name_students(cell.name, evaluation.network),
         "steps": evaluation.steps,
         "top1": [round(100 * v, 3) for v in evaluation.top1],
         "mean": round(100 * evaluation.mean, 3),

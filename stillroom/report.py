@@ -116,6 +116,9 @@ def open_run(directory: Path) -> Opened:
             sets[folder.name] = (folder / "distilled", read_manifest(folder / "distilled"))
     with as_written(directory):
         sets |= _evaluated(results, settings)
+    for row in (results or {}).get("rows", ()):  # of sets that were there before
+        if (place := row.get("folder")) and (Path(place) / "manifest.json").exists():
+            sets[row["method"]] = (Path(place), read_manifest(Path(place)))
     opened = Opened(directory, settings, results, sets, tuple(read_events(directory)))
     with as_written(directory):
         if results is not None:
@@ -435,14 +438,27 @@ def _curves(run: Opened) -> list[Html]:
 
 
 def _name_training(family: str, trainings: Sequence[Training], run: Opened) -> str | None:
-    """Return what was trained, known by what it reached: "infer, static labels, 112 steps"; None: no row's own."""
+    """Return what was trained, "infer, static labels, 112 steps"; None: no row's own.
+
+    Rows of older versions do not name the units of their students: these are known by labels, steps and what each seed
+    reached, unless two rows are alike in that.
+    """
     if not family.startswith("student-"):
         return family
-    reached = sorted(round(100 * training.epochs[-1].get("top1", -1.0), 3) for training in trainings)
     results = run.results or {}
-    for cell in [*results.get("cells", ()), *results.get("rows", ())]:
-        if "error" not in cell and sorted(cell["top1"]) == reached and f"-{cell['steps']}-" in family:
-            return f"{cell.get('method', cell.get('set'))}, {cell['labels']} labels, {cell['steps']:,} steps"
+    rows = [row for row in (*results.get("cells", ()), *results.get("rows", ())) if "error" not in row]
+    found = [row for row in rows if row.get("unit") == family]
+    if not found:
+        reached = [round(100 * training.epochs[-1].get("top1", -1.0), 3) for training in trainings]
+        within = f"{family}-"
+        found = [
+            row for row in rows
+            if "unit" not in row and row["top1"] == reached and f"-{row['labels']}-" in within
+            and f"-{row['steps']}-" in within
+        ]  # fmt: skip
+    names = {f"{row.get('method', row.get('set'))}, {row['labels']} labels, {row['steps']:,} steps" for row in found}
+    if len(names) == 1:
+        return names.pop()
     return None if run.kind == "comparison" else family
 
 
@@ -536,6 +552,8 @@ def _provenance(run: Opened) -> list[Html]:
     pairs.append(("teachers", element("ul", *(element("li", text) for text in teachers)) if teachers else "none"))
     if manifests:
         pairs.append(("data", f"{manifests[0].dataset.name}, {manifests[0].dataset.images:,} training images"))
+        if test := results.get("dataset", {}).get("test"):
+            pairs.append(("measured on", f"{test:,} test images, of which one is {100 / test:.2g} points"))
         pairs.append(("its fingerprint", element("code", manifests[0].dataset.fingerprint)))
     if run.events:
         spent = sum(seconds_within(read_lines(file)) for file in event_files(run.directory))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,10 +13,11 @@ from typing import Literal
 import tyro
 
 from stillroom.arrays import Arrays
+from stillroom.distilled import load_distilled
 from stillroom.errors import StillroomError, UsageError
 from stillroom.files import write_atomic
 from stillroom.gallery import FIGURES, render
-from stillroom.report import Figure, as_written, build_report, open_run
+from stillroom.report import Figure, Opened, as_written, build_report, open_run
 from stillroom.run import Run
 from stillroom.settings import parse_words
 from stillroom.study import Study, StudyConfig, find_sets
@@ -59,15 +62,30 @@ def write_report(runs: Sequence[Path], out: Path, pictures: bool = True) -> None
     """Write the page of `runs` to `out`. Raises StillroomError where one of them is no run, or is damaged."""
     opened = [open_run(run) for run in runs]
     build_report(opened, {})  # what is damaged is refused before anything is drawn
-    figures, notes = {}, []
+    figures, notes = {}, list(find_damage(opened))
     if pictures:
-        try:
-            figures = {run: draw_figures(run) for run in runs}
-        except ImportError:
-            notes.append(
-                "Figures are missing, since matplotlib is not installed: pip install matplotlib, then write it anew."
-            )
+        with warnings.catch_warnings(record=True) as heard:
+            try:
+                figures = {run: draw_figures(run) for run in runs}
+            except ImportError:
+                notes.append(
+                    "Figures are missing, since matplotlib is not installed: pip install matplotlib, then write it "
+                    "anew."
+                )
+        notes += dict.fromkeys(str(one.message) for one in heard)
+    for note in notes:
+        print(f"stillroom: {note}", file=sys.stderr)
     write_atomic(out, build_report(opened, figures, notes).encode("utf-8", "replace"))
+
+
+def find_damage(opened: Sequence[Opened]) -> Iterator[str]:
+    """Yield what is wrong with the sets of runs, which the page would show as if they could be used."""
+    for run in opened:
+        for name, (folder, _) in run.sets.items():
+            try:
+                load_distilled(folder)
+            except StillroomError as error:
+                yield f"the set {name} is not whole, and cannot be loaded: {error}"
 
 
 def draw_figures(run: Path) -> dict[str, Figure]:

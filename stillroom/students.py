@@ -90,6 +90,11 @@ class Evaluation:
         return f"{self.network}, {self.labels} labels: {self.mean:.1%} ± {self.std:.1%} over {len(self.top1)} seeds"
 
 
+def name_students(cell: str, network: str) -> str:
+    """Return what the units of a cell's students are called, less their seeds."""
+    return f"student-{cell}-{network.replace(':', '-')}"
+
+
 def soft_label_loss(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """Return KL(softmax(targets / T) || softmax(logits / T)), mean over the batch (Algorithm 2).
 
@@ -213,7 +218,7 @@ def evaluate(
     made_by = sha256_bytes(f"{distilled.fingerprint} {hash_labels(distilled, teachers or [])}".encode())
 
     def training(seed: int) -> Task:
-        unit = f"student-{cell}-{config.network.replace(':', '-')}-{seed}"
+        unit = f"{name_students(cell, config.network)}-{seed}"
 
         def make() -> tuple[dict[str, Any], None]:
             _, history = train_student(

@@ -25,6 +25,7 @@ from stillroom.arrays import Arrays, columns_of
 from stillroom.compute import Plan
 from stillroom.distilled import load_distilled
 from stillroom.errors import StillroomError
+from stillroom.events import read_events, trainings_of
 from stillroom.gallery import FIGURES
 from stillroom.labels import PoolConfig, attach_labels
 from stillroom.manifest import Manifest
@@ -444,3 +445,32 @@ def test_text_is_escaped_unless_it_is_html() -> None:
 @pytest.mark.parametrize(("low", "high", "ticks"), [(75, 100, [75, 80, 85, 90, 95, 100]), (0, 2, [0, 0.5, 1, 1.5, 2])])
 def test_ticks_are_round(low: float, high: float, ticks: list[float]) -> None:
     assert round_ticks(low, high) == ticks
+
+
+def test_a_set_that_is_not_whole_is_told_on_the_page_and_on_standard_error(
+    finished: Finished, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished.directory, tmp_path / "run"))
+    (images,) = (run / "distilled").glob("images-*")
+    damaged = bytearray(images.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    images.write_bytes(damaged)
+    assert cli.main(["report", str(run)]) == 0
+    told = "the set run is not whole, and cannot be loaded: "
+    assert told in capsys.readouterr().err
+    assert told in (run / "report.html").read_text()
+    assert cli.main(["report", str(finished.directory), "--out", str(tmp_path / "whole.html")]) == 0
+    assert "not whole" not in capsys.readouterr().err + (tmp_path / "whole.html").read_text()
+
+
+def test_rows_whose_students_reached_the_same_are_told_apart_by_their_units(finished: Finished, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished.directory, tmp_path / "run"))
+    results = json.loads((run / "results.json").read_text())
+    units = {training.family for training in trainings_of(read_events(run)) if training.unit.startswith("student-")}
+    assert {cell["unit"] for cell in results["cells"]} == units
+    for cell in results["cells"]:
+        cell["top1"] = [25.0] * len(cell["top1"])
+    (run / "results.json").write_text(json.dumps(results))
+    page = build_report([open_run(run)], {})
+    for cell in results["cells"]:
+        assert f"{cell['set']}, {cell['labels']} labels, {cell['steps']:,} steps" in page

@@ -82,8 +82,9 @@ def draw_views(arrays: Views) -> Figure:
 
 def describe_views(arrays: Views) -> str:
     """Return whose views are shown, in one sentence."""
+    classes = listed(map(repr, arrays.line[1:].tolist()))
     return (
-        f"Naturals of {listed(arrays.line[1:].tolist())} of {arrays.dataset} in slot {arrays.slot}, each beside its "
+        f"Naturals of {classes} of {arrays.dataset} in slot {arrays.slot}, each beside its "
         f"views with the compensators of {listed(arrays.picture[1:].tolist())}."
     )
 
