@@ -244,7 +244,11 @@ def test_a_damaged_published_set_is_refused_by_what_is_wrong(
 def test_folders_come_back_bit_for_bit_with_their_soft_labels(
     plain: DistilledSet, toy: RealData, tmp_path: Path
 ) -> None:
-    assert export_set(plain, "folder", tmp_path / "out") == ["views are exact"]
+    exact, renamed = export_set(plain, "folder", tmp_path / "out")
+    assert exact == "views are exact"
+    assert renamed.startswith(
+        "folders are not named as their classes, whose names stand in index.csv: 'north west' is no"
+    )
     assert sorted(os.listdir(tmp_path / "out")) == sorted(
         ["index.csv", "north_east", "north_west", "soft_labels.npy", "south_west", "süd_ost"]
     )

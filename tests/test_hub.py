@@ -249,7 +249,7 @@ def test_the_command_sends_nothing_until_it_is_told_to(
         assert cli.main([*words, *more]) == 0
         shown = capsys.readouterr().out
         assert "owner/toy, seen by everybody" in shown
-        assert "red, green, blue sky" in shown
+        assert "'red', 'green', 'blue sky'" in shown
         assert "nothing was sent" in shown
         assert stub.asked == []
     assert cli.main([*words, "--private", "--yes"]) == 0
