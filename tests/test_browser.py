@@ -194,7 +194,7 @@ def test_without_scripts_all_is_there_but_the_sorting(browser: Any, reports: dic
     with Opened(browser, reports["comparison"], java_script_enabled=False) as opened:
         assert opened.page.locator("table button").count() == 0
         assert opened.page.locator("tbody tr").count() > 6
-        assert "the highest of 3 methods" in str(opened.page.locator(".claim").text_content())
+        assert "the highest of 3 sets" in str(opened.page.locator(".claim").text_content())
 
 
 def test_nothing_on_the_page_can_reach_a_network(browser: Any, reports: dict[str, Path]) -> None:
