@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ import numpy as np
 
 from stillroom import readers
 from stillroom.errors import StillroomError, check_choices, find_near
+from stillroom.files import sha256_file
 from stillroom.images import (
     Images,
     LazyImages,
@@ -412,21 +414,39 @@ def hub_id(source: str) -> str | None:
 def fetch_from_hub(repo: str, what: str, patterns: Sequence[str] = ("*.parquet",)) -> Path:
     """Return the local folder of the files of the Hub's dataset `repo` that fit `patterns`, as they are there today.
 
-    Raises StillroomError, which begins with `what`, where the Hub's library is not installed or does not get them.
+    Raises StillroomError, which begins with `what`, where the Hub's library is not installed or does not get them, and
+    where what it got is not what the Hub's hashes say; such a file is deleted.
     """
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise StillroomError(f"{what} is no existing path; to read it from the Hub, install stillroom[hub].") from error
+    begun = time.time() - 2  # clocks of file systems are coarse
     # Offline, missing, private and refused requests raise errors of several libraries.
     try:
-        return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=list(patterns)))
+        folder = Path(snapshot_download(repo, repo_type="dataset", allow_patterns=list(patterns)))
     except Exception as error:
         raise StillroomError(
             f"{what} is no existing path and could not be fetched from the Hub: "
             f"{' '.join(str(error).split())[:200]}. Check the spelling and the network, or download its "
             "parquet files and pass their folder."
         ) from error
+    for path in sorted(folder.rglob("*")):
+        stored = path.resolve()
+        if stored.is_file() and stored.stat().st_ctime >= begun and not _is_as_named(stored):
+            stored.unlink()
+            raise StillroomError(f"{what}: {path.name} came damaged from the Hub, and is deleted here; try again")
+    return folder
+
+
+def _is_as_named(stored: Path) -> bool:
+    """Whether a file of the Hub's cache, named by its SHA-256 or, if small, by git's hash of it, has that hash."""
+    if re.fullmatch(r"[0-9a-f]{64}", stored.name):
+        return sha256_file(stored) == stored.name
+    if re.fullmatch(r"[0-9a-f]{40}", stored.name):
+        content = stored.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == stored.name
+    return True  # of a system without links, whose copies have names of their own
 
 
 def _download(name: str, root: Path) -> None:

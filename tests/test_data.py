@@ -33,6 +33,7 @@ from stillroom.data import (
     LazyImages,
     MemoryImages,
     RealData,
+    fetch_from_hub,
     fit_size,
     hub_id,
     load_real,
@@ -720,6 +721,28 @@ def test_one_parquet_file_is_a_training_split_and_needs_a_holdout(tmp_path):
     with pytest.raises(StillroomError, match="no test split"):
         load(path)
     assert (len(load(path, holdout_per_class=1).train), len(load(path, holdout_per_class=1).test)) == (4, 2)
+
+
+@pytest.mark.parametrize("name", [
+    "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824",  # SHA-256 of "hello"
+    "b6fc4c620b67d95f953a5c1c1230aaab5db5a1b0",  # what git calls a file that holds "hello"
+])  # fmt: skip
+def test_a_file_that_comes_damaged_from_the_hub_is_refused_and_deleted(tmp_path, monkeypatch, name):
+    blob, link = tmp_path / "blobs" / name, tmp_path / "snapshots" / "abc" / "train.parquet"
+    for path in (blob, link):
+        path.parent.mkdir(parents=True)
+    link.symlink_to(blob)
+    come = [b"hellO", b"hello"]
+
+    def snapshot_download(repo: str, repo_type: str, allow_patterns: list[str]) -> str:
+        blob.write_bytes(come.pop(0))
+        return str(link.parent)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot_download))
+    with pytest.raises(StillroomError, match=r"^mine: train\.parquet came damaged from the Hub, and is deleted here"):
+        fetch_from_hub("owner/name", "mine")
+    assert not blob.exists()
+    assert fetch_from_hub("owner/name", "mine") == link.parent
 
 
 def test_a_hub_id_is_fetched_as_parquet_and_failures_say_so(tmp_path, monkeypatch):
