@@ -1,7 +1,7 @@
 """Choosing an architecture from a distilled set: do its students rank networks as training on all real images does?
 
     python examples/choose_architecture.py --image-size 16                # digits
-    python examples/choose_architecture.py --data cifar100 --full-epochs 20 --steps 1000 --epochs 50
+    python examples/choose_architecture.py --data cifar10 --full-epochs 6 --steps 100 --epochs 60
 
 Each network is trained on all real images, on a distilled set, and on as many random images with the same labels in as
 many steps. Printed is Spearman's rank correlation of each small set's accuracies with the full ones: what the distilled
