@@ -23,7 +23,17 @@ import yaml
 from PIL import Image
 
 from stillroom.card import budget_of, spell_loading
-from stillroom.claims import Claim, Verdict, claims_of, count_seeds, describe_set, headline, spell_spread, spread_of
+from stillroom.claims import (
+    Claim,
+    Verdict,
+    claims_of,
+    count_seeds,
+    describe_set,
+    headline,
+    spell_grain,
+    spell_spread,
+    spread_of,
+)
 from stillroom.errors import StillroomError
 from stillroom.events import Training, event_files, read_events, read_lines, require_run, seconds_within, trainings_of
 from stillroom.figures.style import COLOURS, colours_of, listed
@@ -331,12 +341,16 @@ def _results(run: Opened, scale: tuple[float, float]) -> list[Html]:
             lines.append(_marked(claim.hardest.verdict, claim.sentence))
         title = "Each method beside the control that is hardest to beat"
         parts += [element("h3", title), element("ul", *lines, class_="verdicts")]
+    test = (run.results or {}).get("dataset", {}).get("test")
+    if claims and test and (grain := spell_grain(test)):
+        parts.append(element("p", f"{grain[:1].upper()}{grain[1:]}.", class_="soft"))
     if claims:
         parts.append(
             element(
                 "p",
                 "A control counts as beaten by three seeds or more where the 95 % interval of the mean difference, "
-                "paired by seed (Student's t), lies above 0. Seeds are of students of one set: neither another draw of "
+                "paired by seed (Student's t), lies above 0; not where all seeds differ by the very same, as counts "
+                "of images may by chance. Seeds are of students of one set: neither another draw of "
                 "images nor another distillation is in the spread.",
                 class_="soft",
             )

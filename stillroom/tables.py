@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import statistics
 from pathlib import Path
@@ -11,13 +10,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
+from stillroom.claims import spell_grain
 from stillroom.distilled import count_bytes, load_distilled
 from stillroom.estimate import Stage
 from stillroom.recipes import EXPECTED, Recipe
 from stillroom.render import FIRST, caption_of, failures_of, parts_of
 from stillroom.students import Evaluation, StudentConfig
-
-FEW_TEST_IMAGES = 1000  # below which chance in drawing them is worth more than most differences of methods
 
 # Tables keep their columns where the output is a file or a narrow window; a terminal wraps the lines instead.
 # Names of datasets and paths are shown as they are: brackets are not markup, nor :colons: pictures.
@@ -43,7 +41,8 @@ def show_results(results: dict[str, Any]) -> None:
     teachers = ", ".join(f"{name} {accuracy['top1']:.1f}" for name, accuracy in results["teachers"].items())
     print(f"teachers, top-1: {teachers or 'none'}; {len(results['seeds'])} seeds, last epoch, mean ± std")
     print(f"students by the protocol: {results['protocol']}")
-    _say_grain(data["test"])
+    if grain := spell_grain(data["test"]):
+        print(grain)
     for labels, own in method.items():
         ahead = [
             c for c in results["cells"]
@@ -68,17 +67,8 @@ def show_comparison(results: dict[str, Any]) -> None:
     for said in failures_of(results):
         print(said)
     print(caption_of(results))
-    _say_grain(results["dataset"]["test"])
-
-
-def _say_grain(test: int) -> None:
-    """Say how coarse a small test split is: spreads over seeds do not tell of the draw of its images."""
-    if test < FEW_TEST_IMAGES:
-        chance = 100 * 1.96 * math.sqrt(0.25 / test)  # of an accuracy of one half, the worst case of the binomial
-        print(
-            f"measured on {test:,} test images: one is {100 / test:.1f} points, and chance in drawing them is worth "
-            f"up to ± {chance:.0f} points (95 %), which spreads over seeds do not show"
-        )
+    if grain := spell_grain(results["dataset"]["test"]):
+        print(grain)
 
 
 def show_teachers(squeezed: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from conftest import Finished, build_toy_teacher
 
 from stillroom import cli
 from stillroom.arrays import Arrays, columns_of
+from stillroom.claims import spell_grain
 from stillroom.compute import Plan
 from stillroom.distilled import load_distilled
 from stillroom.errors import StillroomError
@@ -461,6 +462,16 @@ def test_a_set_that_is_not_whole_is_told_on_the_page_and_on_standard_error(
     assert told in (run / "report.html").read_text()
     assert cli.main(["report", str(finished.directory), "--out", str(tmp_path / "whole.html")]) == 0
     assert "not whole" not in capsys.readouterr().err + (tmp_path / "whole.html").read_text()
+
+
+def test_how_coarse_a_small_test_split_is_stands_beside_the_claims(finished: Finished, tmp_path: Path) -> None:
+    draws = np.random.default_rng(0).binomial(40, 0.5, 100_000) / 40  # of accuracies of one half
+    assert f"± {100 * 1.96 * draws.std():.0f} points" in spell_grain(40)
+    assert spell_grain(1000) == ""
+    said = spell_grain(json.loads((finished.directory / "results.json").read_text())["dataset"]["test"])
+    page = build_report([open_run(finished.directory)], {})
+    assert f"{said[:1].upper()}{said[1:]}." in page
+    assert said in finished.out
 
 
 def test_rows_whose_students_reached_the_same_are_told_apart_by_their_units(finished: Finished, tmp_path: Path) -> None:
