@@ -251,6 +251,12 @@ _LAPTOP_TINY = replace(
     # Twice CIFAR-100's classes and four times its pixels: as many steps of students come in half the epochs.
     student=replace(_LAPTOP.student, train=replace(_LAPTOP.student.train, epochs=25), dynamic_epochs=12),
 )
+# Five times the images: a fifth of the epochs, and half the steps for each of 49 slots.
+_LAPTOP_TINY_50 = replace(
+    _LAPTOP_TINY,
+    infer=replace(_LAPTOP.infer, steps=30),
+    student=replace(_LAPTOP.student, train=replace(_LAPTOP.student.train, epochs=5), dynamic_epochs=2),
+)
 _SMALL = replace(_LAPTOP, teachers=replace(_TWO_THIN, least_steps=400))
 _DIGITS = replace(
     _LAPTOP,
@@ -322,7 +328,8 @@ RECIPES: dict[str, Recipe] = {                                            # it s
     "gvbsm-imagenet-ipc10":       _on(_GVBSM_IMAGENET, "imagenet",      10),     # - | 31.4
     "gvbsm-imagenet-ipc50":       _on(_GVBSM_IMAGENET, "imagenet",      50),     # - | 51.8
     "laptop-cifar100-ipc10":      _on(_LAPTOP,   "cifar100",      10),
-    "laptop-tiny-imagenet-ipc10": _on(_LAPTOP_TINY, "tiny-imagenet", 10),
+    "laptop-tiny-imagenet-ipc10": _on(_LAPTOP_TINY,    "tiny-imagenet", 10),
+    "laptop-tiny-imagenet-ipc50": _on(_LAPTOP_TINY_50, "tiny-imagenet", 50),
     "small":                      _on(_SMALL,    "digits",        10),
     "quick":                      _on(_QUICK,    "digits",        10),
     "digits":                     _on(_DIGITS,   "digits",        10),
