@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 import time
@@ -19,13 +20,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from stillroom import readers
 from stillroom.errors import StillroomError, check_choices, find_near
-from stillroom.files import sha256_file
+from stillroom.files import remembered, sha256_bytes, sha256_file
 from stillroom.images import (
     Images,
     LazyImages,
@@ -33,7 +34,10 @@ from stillroom.images import (
     Resize,
     Triple,
     common_side,
+    content_of,
     first_size,
+    identify_files,
+    is_long_to_hash,
     load_images,
     mean_and_std,
 )
@@ -71,8 +75,7 @@ class DataConfig:
     flip: Literal["auto", "on", "off"] = "auto"
     """Whether a mirrored image keeps its class, so that training may flip. auto: yes, except for digits."""
     memory_limit_gib: float = 4.0
-    """A split that needs more than this as uint8 pixels is decoded batch by batch; 0 decodes everything so. Files that
-    are held by one limit and not by another have two fingerprints: a run, and trained teachers, stay with the one."""
+    """A split that needs more than this as uint8 pixels is decoded batch by batch; 0 decodes everything so."""
     licence: str | None = None
     """What the owner of these images allows: an identifier such as cc-by-4.0, or words. It stands in the set's manifest
     and card. None: what is known of a named dataset."""
@@ -184,19 +187,22 @@ class RealData:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256, hexadecimal, of class names and of both splits: labels and pixels where they are in memory; labels,
-        image size, resize rule, file names and file sizes where they are read lazily (so the two kinds differ)."""
-        digest = hashlib.sha256(json.dumps(self.class_names).encode())
-        for images in (self.train, self.test):
-            digest.update(images.labels.numpy().tobytes())
-            if isinstance(images, MemoryImages):
-                digest.update(json.dumps(list(images.images.shape)).encode())
-                digest.update(images.images.cpu().contiguous().numpy().data)
-            elif isinstance(images, LazyImages):
-                digest.update(json.dumps([images.size, images.resize]).encode())
-                for text in images.stored.identity(images.rows):
-                    digest.update(f"{text}\n".encode(errors="surrogateescape"))  # file names need not be UTF-8
-        return digest.hexdigest()
+        """sha256, hexadecimal, of class names and of both splits' labels and images, however these are held: pixels, or
+        for files that are more than 4 GiB as pixels image size, resize rule, file names and file sizes."""
+        splits = [split for split in (self.train, self.test) if isinstance(split, MemoryImages | LazyImages)]
+        about = [json.dumps(self.class_names), *(sha256_bytes(split.labels.numpy().tobytes()) for split in splits)]
+
+        def hash_all() -> dict[str, Any]:
+            digest = hashlib.sha256(json.dumps(self.class_names).encode())
+            for split in splits:
+                digest.update(split.labels.numpy().tobytes())
+                for piece in content_of(split, self.image_size, self.resize):
+                    digest.update(piece)
+            return {"fingerprint": digest.hexdigest()}
+
+        if not any(is_long_to_hash(split, self.image_size) for split in splits):
+            return hash_all()["fingerprint"]
+        return remembered(itertools.chain(about, *map(identify_files, splits)), hash_all)["fingerprint"]
 
 
 def describe_real(real: RealData) -> RealFacts:

@@ -13,10 +13,11 @@ from stillroom import together
 from stillroom.cluster import spread
 from stillroom.compute import ComputeConfig
 from stillroom.errors import UsageError
+from stillroom.files import cache_root
 from stillroom.run import Run
 from stillroom.settings import parse_duration
 from stillroom.sinks import SinkName, open_sink
-from stillroom.teachers import TeachersConfig, cache_root
+from stillroom.teachers import TeachersConfig
 from stillroom.workers import name_worker
 
 EngineName = Literal["local", "shared", "ray"]

@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from stillroom.errors import DamagedFileError, StillroomError
 
 SEAL_KEY = "sha256"
+LOOKS = "looks"  # folder of the cache: what `remembered` keeps
 META_KEY = "meta"  # safetensors keeps no order among metadata keys, so one key holds everything as sorted JSON
 MAPPED_FROM = 2**26  # bytes of a file of tensors that is read by memory map, not into memory
 
@@ -209,6 +210,30 @@ def _not_whole(path: Path | str, error: Exception) -> DamagedFileError:
         f"{path} is not a whole safetensors file ({error}). It was cut short or edited: restore it, or delete it and "
         "run again."
     )
+
+
+def cache_root(cache: str | None = None) -> Path:
+    """Return the cache folder: `cache` where it is given, or the environment variable STILLROOM_CACHE, or the default.
+
+    What is said for one command wins over what was set for all.
+    """
+    return Path(cache or os.environ.get("STILLROOM_CACHE") or "~/.cache/stillroom").expanduser()
+
+
+def remembered(of: Iterable[str], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return `make()`, or what it once returned for the same `of`: small results of long looks at somebody's files.
+
+    `make()` gives JSON, kept in the cache folder under the SHA-256 of `of`, which must hold all that decides it. A
+    record that is damaged is made anew, and a cache that cannot be written keeps nothing.
+    """
+    key = sha256_bytes(f"{text}\n".encode(errors="surrogateescape") for text in of)  # names need not be UTF-8
+    path = cache_root() / LOOKS / f"{key}.json"
+    with contextlib.suppress(StillroomError):
+        return read_sealed(path)
+    made = make()
+    with contextlib.suppress(StillroomError):
+        write_json(path, seal(made, {}, path))
+    return made
 
 
 def read_sealed(path: Path | str, needed: Sequence[str] = ()) -> dict[str, Any]:

@@ -9,6 +9,7 @@ Pillow's `MAX_IMAGE_PIXELS` is refused as a bad image, and so is one of floating
 from __future__ import annotations
 
 import io
+import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,19 +17,23 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from stillroom.errors import StillroomError
+from stillroom.files import remembered
 from stillroom.readers import ArrayImages, Span, Split, Stored
 
 Resize = Literal["refuse", "squash", "crop"]
 Triple = tuple[float, float, float]
 
+BLOCK_BYTES = 2**26  # of pixels that are looked at at a time, where all are
+HASHED_BYTES = 2**32  # of a split's pixels, above which files are told apart by names and sizes
 HEADERS_READ = 20_000  # of a lazy split, spread evenly, before work begins: seconds where files are near
 # EPS is left out on purpose: Pillow hands it to an external program.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -129,7 +134,8 @@ def load_images(
     """-> the images at `rows`, the rows that are left after skipping bad ones, how often each value 0 ... 255 occurs in
     each channel, int64 [3, 256] (zeros unless `count_levels`), and why each skipped one was.
 
-    Lazy images are decoded here only where something needs all of them: counting, or skipping bad ones. Else headers
+    Lazy images are decoded here only where something needs all of them, counting or skipping bad ones, and what was
+    found is remembered until their files change. Else headers
     of up to HEADERS_READ of them are read, where each has a file or a span of its own: most bad files, and images of
     another size, are found before any work is spent.
     """
@@ -141,35 +147,72 @@ def load_images(
             levels += _levels(images)
         return MemoryImages(images, _labels(split, rows)), rows, levels, []
 
-    image_bytes = 3 * size * size
-    lazy = not isinstance(stored, ArrayImages) and len(rows) * image_bytes > memory_limit_bytes
+    lazy = not isinstance(stored, ArrayImages) and len(rows) * 3 * size * size > memory_limit_bytes
     images = torch.empty((0 if lazy else len(rows), 3, size, size), dtype=torch.uint8)
-    is_good = np.ones(len(rows), bool)
-    reasons: list[str] = []
-    filled = 0
-    chunk = max(1, 2**26 // image_bytes)  # 64 MiB of pixels at a time
-    for start in range(0, len(rows) if not lazy or count_levels or skip_bad_images else 0, chunk):
-        pixels, bad = _decode(stored, rows[start : start + chunk], size, resize)
-        for position, reason in bad:
-            is_good[start + position] = False
-            reasons.append(reason)
-        good = torch.from_numpy(pixels[is_good[start : start + chunk]])
-        if count_levels:
-            levels += _levels(good)
-        if not lazy:
-            images[filled : filled + len(good)] = good
-            filled += len(good)
-    if lazy and not (count_levels or skip_bad_images):
-        reasons = _check_headers(stored, rows[:: -(-len(rows) // HEADERS_READ)], size, resize)
-    if reasons and not skip_bad_images:
-        raise _bad_images(reasons)
-    rows = rows[is_good]
+
+    def look() -> dict[str, Any]:
+        """Decode all; keep them, where they fit, in `images`, the good ones in front."""
+        levels = np.zeros((3, 256), np.int64)
+        found: list[tuple[int, str]] = []
+        for start, pixels, bad in _decode_blocks(stored, rows, size, resize):
+            good = torch.from_numpy(np.delete(pixels, [position for position, _ in bad], 0))
+            if count_levels:
+                levels += _levels(good)
+            if not lazy:
+                images[start - len(found) :][: len(good)] = good
+            found += [(start + position, reason) for position, reason in bad]
+        if found and not skip_bad_images:
+            raise _bad_images([reason for _, reason in found])
+        return {"levels": levels.tolist(), "bad": found}
+
+    if not lazy:
+        seen = look()
+    elif count_levels or skip_bad_images:
+        seen = remembered(_identify(stored, rows, size, resize, count_levels, skip_bad_images), look)
+    else:
+        seen = {"levels": [[0] * 256] * 3, "bad": []}
+        if reasons := _check_headers(stored, rows[:: -(-len(rows) // HEADERS_READ)], size, resize):
+            raise _bad_images(reasons)
+    levels, reasons = np.array(seen["levels"], np.int64), [reason for _, reason in seen["bad"]]
+    rows = np.delete(rows, [position for position, _ in seen["bad"]])
+    labels = _labels(split, rows)
     if lazy:
-        return LazyImages(stored, rows, _labels(split, rows), size, resize), rows, levels, reasons
-    images = images[:filled].clone() if reasons else images
+        return LazyImages(stored, rows, labels, size, resize), rows, levels, reasons
+    images = images[: len(rows)].clone() if reasons else images
     if isinstance(stored, ArrayImages):  # which nothing needs any more
-        return MemoryImages(images, _labels(split, rows)), rows, levels, reasons
-    return MemoryImages(images, _labels(split, rows), stored, rows), rows, levels, reasons
+        return MemoryImages(images, labels), rows, levels, reasons
+    return MemoryImages(images, labels, stored, rows), rows, levels, reasons
+
+
+def content_of(images: MemoryImages | LazyImages, size: int, resize: Resize) -> Iterator[bytes | memoryview]:
+    """What stands for a split's images in a fingerprint, however they are held: their pixels; or, of files that are
+    more than HASHED_BYTES as pixels, names and sizes."""
+    if images.stored is not None and images.rows is not None and len(images) * 3 * size * size > HASHED_BYTES:
+        yield json.dumps([size, resize]).encode()
+        for text in images.stored.identity(images.rows):
+            yield f"{text}\n".encode(errors="surrogateescape")  # file names need not be UTF-8
+        return
+    yield json.dumps([len(images), 3, size, size]).encode()
+    for block in torch.arange(len(images)).split(max(1, BLOCK_BYTES // (3 * size * size))):
+        yield images.batch(block).cpu().contiguous().numpy().data
+
+
+def is_long_to_hash(images: MemoryImages | LazyImages, size: int) -> bool:
+    """Whether `content_of` decodes all images."""
+    return isinstance(images, LazyImages) and len(images) * 3 * size * size <= HASHED_BYTES
+
+
+def identify_files(images: MemoryImages | LazyImages) -> Iterator[str]:
+    """Text that changes wherever files that are decoded batch by batch may give other pixels."""
+    if isinstance(images, LazyImages):
+        yield from _identify(images.stored, images.rows, images.size, images.resize)
+
+
+def _identify(stored: Stored, rows: np.ndarray, size: int, resize: Resize, *settings: bool) -> Iterator[str]:
+    first = [stored.name(int(row)) for row in rows[:1]]  # which says where they lie
+    yield json.dumps([PIL.__version__, size, resize, *settings, *first])
+    yield from stored.identity(rows)
+    yield from map(str, stored.times(rows))
 
 
 def _fetch_files(stored: Stored, rows: np.ndarray) -> list[bytes | None]:
@@ -281,6 +324,15 @@ def _check_headers(stored: Stored, rows: np.ndarray, size: int, resize: Resize) 
 
     with _pillow_warnings(), ThreadPoolExecutor(16) as pool:  # most of the time goes by in waiting for files
         return [reason for reason in pool.map(look, rows) if reason is not None]
+
+
+def _decode_blocks(
+    stored: Stored, rows: np.ndarray, size: int, resize: Resize
+) -> Iterator[tuple[int, np.ndarray, list[tuple[int, str]]]]:
+    """-> where each block of `rows` begins, and what `_decode` gives for it."""
+    block = max(1, BLOCK_BYTES // (3 * size * size))
+    for start in range(0, len(rows), block):
+        yield start, *_decode(stored, rows[start : start + block], size, resize)
 
 
 def _decode(stored: Stored, rows: np.ndarray, size: int, resize: Resize) -> tuple[np.ndarray, list[tuple[int, str]]]:

@@ -42,10 +42,8 @@ if TYPE_CHECKING:
 CHECKPOINT_SECONDS = 60.0
 ASKING_SECONDS = 0.1  # longer than anybody holds the lock of a run to ask whether it is held
 UNIT_SUFFIXES = (".json", ".safetensors")
-HINTS = {  # of settings whose difference does not say what made it
-    "data_fingerprint": " (other images; or the same, held in memory the one time and read batch by batch the other, "
-    "by another --data.memory-limit-gib)"
-}
+# Of settings whose difference does not say what made it
+HINTS = {"data_fingerprint": " (other images, or their labels or classes are others)"}
 
 Result = TypeVar("Result")
 Made = tuple[dict[str, Any], dict[str, Tensor]]  # a unit's small results, and its tensors

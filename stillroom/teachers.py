@@ -30,7 +30,17 @@ from stillroom.compute import Plan
 from stillroom.data import RealData
 from stillroom.errors import StillroomError, check_choices
 from stillroom.events import read_events
-from stillroom.files import hash_tensors, load_tensors, load_torch, read_sealed, save_tensors, seal, write_json
+from stillroom.files import (
+    LOOKS,
+    cache_root,
+    hash_tensors,
+    load_tensors,
+    load_torch,
+    read_sealed,
+    save_tensors,
+    seal,
+    write_json,
+)
 from stillroom.networks import build_network, load_pretrained_imagenet
 from stillroom.run import Checkpoint, Run
 from stillroom.train import (
@@ -202,14 +212,6 @@ def cache_entry(name: str, real: RealData, config: TeachersConfig, plan: Plan) -
     text = json.dumps(teacher_key(name, real, config, plan), sort_keys=True)
     folder = f"{name.replace(':', '-')}-{Path(real.name).name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     return cache_root(config.cache) / "teachers" / folder
-
-
-def cache_root(cache: str | None) -> Path:
-    """Return the cache folder: `cache` where it is given, or the environment variable STILLROOM_CACHE, or the default.
-
-    What is said for one command wins over what was set for all.
-    """
-    return Path(cache or os.environ.get("STILLROOM_CACHE") or "~/.cache/stillroom").expanduser()
 
 
 def _begun_with(entries: Mapping[str, Path], config: TeachersConfig, run: Run) -> dict[str, Path]:
@@ -406,8 +408,12 @@ def list_cache(cache: str | None = None) -> list[tuple[Path, int, str]]:
 
 
 def empty_cache(cache: str | None = None) -> tuple[list[Path], list[Path]]:
-    """Delete every cached teacher but those that another process is training; return the folders deleted and kept."""
+    """Delete every cached teacher but those that another process is training; return the folders deleted and kept.
+
+    What `files.remembered` keeps there goes, too.
+    """
     deleted, kept = [], []
+    shutil.rmtree(cache_root(cache) / LOOKS, ignore_errors=True)
     for entry, _, _ in list_cache(cache):
         lock = _try_lock(entry)
         if lock is None:

@@ -11,6 +11,9 @@ import pickle
 import shutil
 import struct
 import sys
+import tarfile
+import tempfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +29,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stillroom import distill, load_distilled
+from stillroom import images as images_module
 from stillroom.data import (
     CIFAR100,
     FACTS,
@@ -41,6 +45,7 @@ from stillroom.data import (
 from stillroom.errors import StillroomError
 from stillroom.images import load_images
 from stillroom.readers import Split
+from stillroom.readers import parquet as parquet_module
 from stillroom.readers.stored import FileImages
 
 EVERYTHING_LAZY = 0.0
@@ -515,7 +520,8 @@ def test_class_folders_may_have_any_name_in_utf_8_and_may_be_links(tmp_path):
     assert load(tmp_path).class_names == tuple(sorted([*names, "link"]))
 
 
-def test_a_file_name_that_is_not_utf_8_is_read_and_has_its_part_in_the_fingerprint(tmp_path):
+def test_a_file_name_that_is_not_utf_8_is_read_and_has_its_part_in_the_fingerprint(tmp_path, monkeypatch):
+    monkeypatch.setattr(images_module, "HASHED_BYTES", 0)
     root = write_folder(tmp_path)
     before = load(root, memory_limit_gib=EVERYTHING_LAZY).fingerprint
     (root / "train" / "b" / "2.png").rename(root / "train" / "b" / os.fsdecode(b"caf\xe9.png"))
@@ -994,7 +1000,9 @@ def test_lazy_images_are_the_same_as_those_in_memory(tmp_path, layout, settings)
         assert torch.equal(all_pixels(one), all_pixels(other))
         shuffled = torch.randperm(len(one), generator=torch.Generator().manual_seed(0))
         assert torch.equal(one.batch(shuffled), other.to("cpu").batch(shuffled))
-    fields = ("class_names", "mean", "std", "image_size", "raw_bytes", "stored_bytes", "skipped_images")
+    fields = (
+        "class_names", "mean", "std", "image_size", "raw_bytes", "stored_bytes", "skipped_images", "fingerprint",
+    )  # fmt: skip
     assert all(getattr(memory, field) == getattr(lazy, field) for field in fields)
 
 
@@ -1038,13 +1046,143 @@ def test_the_fingerprint_is_that_of_names_labels_and_pixels_and_changes_with_eac
         assert load(write_npz(tmp_path / "y.npz", **{key: value})).fingerprint != real.fingerprint
 
 
-def test_a_lazy_fingerprint_changes_with_a_files_size_and_not_with_the_place(tmp_path):
-    one = load(write_folder(tmp_path / "one"), memory_limit_gib=EVERYTHING_LAZY).fingerprint
+@pytest.mark.parametrize("memory_limit_gib", [4.0, EVERYTHING_LAZY])
+def test_above_a_size_a_fingerprint_changes_with_a_files_size_and_not_with_the_place(
+    tmp_path, monkeypatch, memory_limit_gib
+):
+    by_pixels = load(write_folder(tmp_path / "one"), memory_limit_gib=memory_limit_gib).fingerprint
+    monkeypatch.setattr("stillroom.images.HASHED_BYTES", 0)
+    one = load(tmp_path / "one", memory_limit_gib=memory_limit_gib).fingerprint
     root = write_folder(tmp_path / "two")
-    assert load(root, memory_limit_gib=EVERYTHING_LAZY).fingerprint == one
+    assert load(root, memory_limit_gib=memory_limit_gib).fingerprint == one != by_pixels
     with (root / "test" / "a" / "0.png").open("ab") as file:
         file.write(b"x")
-    assert load(root, memory_limit_gib=EVERYTHING_LAZY).fingerprint != one
+    assert load(root, memory_limit_gib=memory_limit_gib).fingerprint != one
+
+
+def write_uncompressed(root: Path, layout: str, first: np.ndarray) -> None:
+    """Six images of two classes in either split, the first one `first`; sizes of files are the same for all pixels."""
+    files = [encode(image, compress_level=0) for image in (first, *pixels_of(5))]
+    for split in ("train", "test"):
+        root.mkdir(exist_ok=True)
+        if layout == "folder":
+            for number, content in enumerate(files):
+                path = root / split / "ab"[number % 2] / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+        elif layout == "parquet":
+            table = pa.table({"image": files, "label": [0, 1] * 3})
+            pq.write_table(table, root / f"{split}.parquet", compression="none", use_dictionary=False)
+        else:
+            with tarfile.open(root / f"{split}-0.tar", "w") as tar:
+                for number, content in enumerate(files):
+                    for name, data in ((f"{number}.png", content), (f"{number}.cls", b"%d" % (number % 2))):
+                        member = tarfile.TarInfo(name)
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("layout", ["folder", "parquet", "shards"])
+def test_what_a_look_at_all_lazy_images_gave_is_remembered_until_a_file_changes(tmp_path, monkeypatch, layout):
+    decode, looked = images_module._decode, []
+    monkeypatch.setattr(images_module, "_decode", lambda *a: looked.append(a) or decode(*a))
+
+    def look() -> tuple[Any, ...]:
+        real = load(tmp_path / "data", memory_limit_gib=EVERYTHING_LAZY)
+        return real.mean, real.std, real.fingerprint
+
+    write_uncompressed(tmp_path / "data", layout, pixels_of(1)[0])
+    known, sizes = look(), {path: path.stat().st_size for path in (tmp_path / "data").rglob("*")}
+    looked.clear()
+    assert look() == known
+    assert not looked
+    write_uncompressed(tmp_path / "data", layout, pixels_of(1, seed=1)[0])
+    assert {path: path.stat().st_size for path in (tmp_path / "data").rglob("*")} == sizes
+    for path in sizes:
+        os.utime(path, ns=(0, 0))  # whatever the grain of the file system's clock
+    assert all(one != other for one, other in zip(look(), known, strict=True))
+
+
+def test_images_that_were_left_out_are_remembered_and_bad_ones_that_stop_are_looked_at_again(tmp_path):
+    root = write_folder(tmp_path / "data")
+    (root / "train" / "a" / "0.png").write_bytes(b"no image")
+    lazily = functools.partial(load, root, memory_limit_gib=EVERYTHING_LAZY)
+    one, other = lazily(skip_bad_images=True), lazily(skip_bad_images=True)
+    assert one.skipped_images == other.skipped_images
+    assert len(one.skipped_images) == 1
+    assert torch.equal(one.train.labels, other.train.labels)
+    for _ in range(2):
+        with pytest.raises(StillroomError, match="1 image cannot be read"):
+            lazily()
+
+
+def test_a_damaged_record_of_a_look_is_made_anew_and_a_cache_that_cannot_be_written_keeps_none(tmp_path, own_cache):
+    root = write_folder(tmp_path / "data")
+    mean = load(root, memory_limit_gib=EVERYTHING_LAZY).mean
+    records = list((own_cache / "looks").iterdir())
+    for record in records:
+        record.write_text(record.read_text().replace("1", "2"))
+    assert load(root, memory_limit_gib=EVERYTHING_LAZY).mean == mean
+    shutil.rmtree(own_cache / "looks")
+    (own_cache / "looks").write_text("a file stands where the folder should be")
+    assert load(root, memory_limit_gib=EVERYTHING_LAZY).mean == mean
+
+
+def read_groups(monkeypatch) -> Counter[tuple[Path, int]]:
+    """How often each row group's images are read, from now on."""
+    read, groups = parquet_module.read_column, Counter[tuple[Path, int]]()
+
+    def counted(file: Any, group: int, column: str, path: Path) -> Any:
+        groups[path, group] += column == "img"
+        return read(file, group, column, path)
+
+    monkeypatch.setattr(parquet_module, "read_column", counted)
+    return groups
+
+
+def test_shuffled_parquet_is_read_twice_at_most_and_gives_the_same_images(tmp_path, monkeypatch):
+    source = parquet_pair(tmp_path, np.arange(11) % 2)
+    expected = all_pixels(load(source).train)
+    groups = read_groups(monkeypatch)
+    real = load(source, memory_limit_gib=EVERYTHING_LAZY)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        for index in torch.randperm(len(real.train), generator=generator):
+            assert torch.equal(real.train.batch(index[None])[0], expected[index])
+    assert [groups[tmp_path / "train.parquet", group] for group in range(3)] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("trouble", ["no room", "no folder", "half written"])
+def test_parquet_that_cannot_be_unpacked_is_read_by_its_groups(tmp_path, monkeypatch, trouble):
+    source = parquet_pair(tmp_path, np.arange(11) % 2)
+    expected = all_pixels(load(source).train)
+    groups = read_groups(monkeypatch)
+    if trouble == "no room":
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    elif trouble == "no folder":
+        monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path / "file"))
+        (tmp_path / "file").touch()
+    else:
+        opened = tempfile.TemporaryFile
+        monkeypatch.setattr("tempfile.TemporaryFile", lambda **how: HalfWritten(opened(**how)))
+    real = load(source, memory_limit_gib=EVERYTHING_LAZY)
+    for _ in range(3):
+        for index in torch.arange(len(real.train)).flip(0):
+            assert torch.equal(real.train.batch(index[None])[0], expected[index])
+    assert [groups[tmp_path / "train.parquet", group] for group in range(3)] == [4, 4, 3]  # the last one was at hand
+
+
+class HalfWritten:
+    """A file whose disk fills while it is written."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def write(self, content: bytes) -> int:
+        return self.file.write(content[: len(content) // 2])
 
 
 # Settings

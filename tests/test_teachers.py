@@ -22,13 +22,13 @@ from stillroom import teachers as teachers_module
 from stillroom.compute import Plan
 from stillroom.data import MemoryImages, RealData
 from stillroom.errors import StillroomError, TimeLimitReached
+from stillroom.files import cache_root
 from stillroom.run import Run
 from stillroom.teachers import (
     STUDENT_SETTINGS,
     TEACHER_RECIPES,
     TeachersConfig,
     cache_entry,
-    cache_root,
     chance_of_guessing,
     check_above_chance,
     empty_cache,

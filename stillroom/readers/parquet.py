@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
+import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from stillroom.errors import StillroomError
+from stillroom.files import cache_root
 from stillroom.readers.listing import TEST_SPLITS, choose_splits, find_files
-from stillroom.readers.stored import Source, Split
+from stillroom.readers.stored import Source, Split, changed_at
 
 # A few bytes of parquet can stand for any number of values: one of a dictionary again and again, or zeros, compressed.
 LARGEST_GROUP = 2**31  # bytes of a column in one row group, as they are in memory
@@ -59,11 +64,59 @@ def read_column(file: Any, group: int, column: str, where: Path, most: int | Non
     return pa.chunked_array(parts, file.schema_arrow.field(column).type)
 
 
+class _Unpacked:
+    """Row groups whose images lie one by one in a nameless file of the cache folder, which ends with the process.
+
+    It takes at most `most` bytes and half of what the disk has free; what does not fit is not kept.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._file: BinaryIO | None = None
+        self._end = 0
+        self._places: dict[int, np.ndarray] = {}  # per group int64 [rows, 2]: first byte and size, -1 where none is
+
+    def __del__(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def put(self, group: int, images: Sequence[bytes | None]) -> None:
+        size = sum(map(len, filter(None, images)))
+        try:
+            if self._file is None:
+                folder = cache_root()
+                folder.mkdir(parents=True, exist_ok=True)
+                self._most = min(self._most, shutil.disk_usage(folder).free // 2)
+                self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - open as long as this is
+            if self._end + size > self._most:  # a smaller group may fit yet
+                return
+            self._file.seek(self._end)
+            if self._file.write(b"".join(filter(None, images))) < size:
+                raise OSError("the disk is full")
+        except OSError:  # or the cache is read-only
+            self._most = 0
+            return
+        sizes = np.array([-1 if image is None else len(image) for image in images], np.int64)
+        firsts = self._end + np.cumsum([0, *np.maximum(sizes, 0)])[:-1]
+        self._places[group] = np.stack([firsts, sizes], axis=1)
+        self._end += size
+
+    def take(self, group: int, rows: np.ndarray) -> list[bytes | None] | None:
+        """The images of a group; None where it is not here."""
+        if self._file is None or group not in self._places:
+            return None
+        images: list[bytes | None] = []
+        for first, size in self._places[group][rows].tolist():
+            self._file.seek(first)
+            images.append(None if size < 0 else self._file.read(size))
+        return images
+
+
 @dataclass(frozen=True, eq=False)
 class ParquetImages:
     """One encoded image per row. A row group is the smallest piece that parquet can read: each is read once per
-    `fetch`, and the last one is kept, so reading in order costs one pass and shuffled reading costs a group per image
-    at worst (an image folder is faster there).
+    `fetch`, and the last one is kept, so reading in order costs one pass. A group that is read a second time is
+    unpacked, so that shuffled reading costs two passes and not a group per image.
 
     `groups` has a (file, row group) pair for each row group; `starts` int64 [groups + 1] is the first row of each.
     """
@@ -73,6 +126,13 @@ class ParquetImages:
     group_bytes: tuple[int, ...]
     starts: np.ndarray
     _last: dict[int, Any] = field(default_factory=dict, repr=False)
+    _read: set[int] = field(default_factory=set, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @functools.cached_property
+    def _unpacked(self) -> _Unpacked:
+        # Encoded images hardly compress: a file of which much more comes is not unpacked to the end.
+        return _Unpacked(2 * sum(self.group_bytes))
 
     def _group_of(self, rows: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.starts, rows, side="right") - 1
@@ -96,15 +156,24 @@ class ParquetImages:
                 cells = pc.struct_field(cells, "bytes")
             self._last.clear()
             self._last[group] = cells
+            if group in self._read:
+                self._unpacked.put(group, cells.to_pylist())
+            self._read.add(group)
         return self._last[group]
 
     def fetch(self, indices: np.ndarray) -> Sequence[bytes | None]:
         groups = self._group_of(indices)
         items: list[bytes | None] = [None] * len(indices)
-        for group in np.unique(groups):
-            cells = self._cells(int(group))
-            for position in np.flatnonzero(groups == group):
-                items[position] = cells[int(indices[position] - self.starts[group])].as_py()
+        with self._lock:  # of threads that draw the next batch
+            for group in map(int, np.unique(groups)):
+                positions = np.flatnonzero(groups == group)
+                rows = indices[positions] - self.starts[group]
+                images = self._unpacked.take(group, rows)
+                if images is None:
+                    cells = self._cells(group)
+                    images = [cells[int(row)].as_py() for row in rows]
+                for position, image in zip(positions, images, strict=True):
+                    items[position] = image
         return items
 
     def stored_bytes(self, indices: np.ndarray) -> int:
@@ -117,6 +186,9 @@ class ParquetImages:
         files = dict.fromkeys(path for path, _ in self.groups)
         yield from (f"{path.name} {path.stat().st_size}" for path in files)
         yield from map(str, indices)
+
+    def times(self, indices: np.ndarray) -> Iterable[int]:
+        return map(changed_at, dict.fromkeys(path for path, _ in self.groups))
 
 
 def find_parquet(root: Path) -> list[Path]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from stillroom.errors import StillroomError
 from stillroom.readers.listing import TEST_SPLITS, choose_splits, find_files, quoted, read_lines, visible
-from stillroom.readers.stored import Source, Span, Split
+from stillroom.readers.stored import Source, Span, Split, changed_at
 from stillroom.readers.tar import compressed, member_name, read_members
 
 # Ending: (part of the sample, largest size in bytes, far above any photograph or label)
@@ -60,6 +60,9 @@ class ShardImages:
     def identity(self, indices: np.ndarray) -> Iterable[str]:
         spans = (self._span(i) for i in indices)
         return (f"{span.path.name} {span.start} {span.size}" for span in spans)
+
+    def times(self, indices: np.ndarray) -> Iterable[int]:
+        return map(changed_at, self.shards)
 
 
 def find_shards(root: Path) -> list[Path]:

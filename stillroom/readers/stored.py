@@ -29,6 +29,14 @@ class Span:
         return content
 
 
+def changed_at(path: Path) -> int:
+    """When the file was last changed, in ns; 0 where it is not there."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 class Stored(Protocol):
     """The images of one split where they are stored, addressed by position 0 ... n-1 (int64 arrays of positions)."""
 
@@ -44,6 +52,9 @@ class Stored(Protocol):
 
     def identity(self, indices: np.ndarray) -> Iterable[str]:
         """Text that changes when the files change: their names and sizes."""
+
+    def times(self, indices: np.ndarray) -> Iterable[int]:
+        """When the files that hold these images were last changed, in ns: more is told by no name and no size."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,9 @@ class ArrayImages:
     def identity(self, indices: np.ndarray) -> Iterable[str]:
         return (self.name(i) for i in indices)
 
+    def times(self, indices: np.ndarray) -> Iterable[int]:
+        return ()
+
 
 @dataclass(frozen=True, eq=False)
 class FileImages:
@@ -109,3 +123,6 @@ class FileImages:
 
     def identity(self, indices: np.ndarray) -> Iterable[str]:
         return (f"{self.paths[i]} {self._size(i)}" for i in indices)
+
+    def times(self, indices: np.ndarray) -> Iterable[int]:
+        return map(changed_at, self.fetch(indices))
