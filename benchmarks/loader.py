@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from stillroom import artifact
 from stillroom.artifact import to_pixels
-from stillroom.compute import Plan
+from stillroom.compute import Plan, map_in_threads
 from stillroom.distilled import JPEG_QUALITY, DistilledSet
 from stillroom.networks import build_network
 from stillroom.recipes import RECIPES
@@ -90,7 +90,7 @@ def as_published(distilled: DistilledSet, rows: Tensor) -> list[bytes]:
 def read_published(files: Sequence[bytes], side: int) -> Tensor:
     """Return float32 views [batch, 3, side, side] in [0, 1] of published files."""
     return torch.stack(
-        artifact.map_in_threads(lambda file: artifact.decode_picture(file, "jpeg75", (side, side)).float() / 255, files)
+        map_in_threads(lambda file: artifact.decode_picture(file, "jpeg75", (side, side)).float() / 255, files)
     )
 
 

@@ -13,13 +13,11 @@ import functools
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from stillroom.compute import map_in_threads
 from stillroom.errors import StillroomError
 from stillroom.files import Pieces, remove_if_there, sha256_file, write_atomic
 from stillroom.manifest import CARD_ROLES, MANIFEST_NAME, FileFacts, ImageEncoding, Manifest, encode_manifest
@@ -47,9 +46,6 @@ ROW_BYTES = 64  # that Python takes for a row, whatever is in it
 END_OF_IMAGE, START_OF_SCAN = 0xD9, 0xDA  # of a JPEG file's markers
 METADATA_MARKERS = {*range(0xE1, 0xF0), 0xFE} - {0xEE}  # application data and comments; JFIF's and Adobe's are read
 NEXT_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]", re.DOTALL)  # after data, in which stuffed 0xff and restarts lie
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,12 +116,6 @@ def _decoded(stored: StoredImages, dtype: torch.dtype) -> Tensor:
         images[filled : filled + len(block)] = block
         filled += len(block)
     return images
-
-
-def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """``[function(item) for item in items]`` by a thread per processor: Pillow leaves Python free while it works."""
-    with ThreadPoolExecutor(max(1, min(os.cpu_count() or 1, 16, len(items)))) as pool:
-        return list(pool.map(function, items))
 
 
 def write_version(folder: Path, manifest: Manifest, contents: Mapping[str, bytes | Pieces]) -> None:

@@ -17,7 +17,8 @@ import platform
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.errors import StillroomError, check_choices
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # Changes whenever a draw is derived differently, so that cached work of another scheme is never mistaken for ours.
 SEED_SCHEME = 1
@@ -231,7 +235,7 @@ def resolve_plan(
         device=device,
         precision=precision,
         compile=compile_mode,
-        threads=config.threads or max(1, _usable_cores() // local),
+        threads=config.threads or max(1, _own_threads() // local),
         channels_last=kind != "mps",
         pack_slots=pack_slots,
         processor=torch.cuda.get_device_name(device) if kind == "cuda" else _processor(),
@@ -338,11 +342,21 @@ def _keep_freed_memory() -> None:
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose top stays
 
 
-def _usable_cores() -> int:
-    """Return the cores that this process may use, or as many as its environment asks for."""
-    if (asked := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() and int(asked) > 0:
-        return int(asked)
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """``[function(item) for item in items]`` by a thread per core: Pillow leaves Python free while it works."""
+    with ThreadPoolExecutor(max(1, min(usable_cores(), 16, len(items)))) as pool:
+        return list(pool.map(function, items))
+
+
+def _own_threads() -> int:
+    """Return as many threads as the environment asks for, or else one for each core."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else usable_cores()
 
 
 def _fast_bfloat16(kind: str) -> bool:

@@ -36,12 +36,12 @@ from stillroom.artifact import (
     decode_images,
     encode_picture,
     keep_original,
-    map_in_threads,
     to_8_bits,
     to_pixels,
     write_version,
 )
 from stillroom.card import Budget, budget_of, build_card, build_contact_sheet, sheet_rows
+from stillroom.compute import map_in_threads
 from stillroom.errors import StillroomError, suggest
 from stillroom.files import Pieces, count_pieces, load_tensors, sha256_bytes, tensor_pieces
 from stillroom.logits import StoredLogits

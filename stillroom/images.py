@@ -3,14 +3,17 @@
 How pixels are read, for every source: EXIF orientation is applied; gray is repeated to three channels; transparency is
 composited on white; 16-bit gray v becomes v * 255 / 65535, rounded; palette, CMYK and 16-bit colour are converted as
 Pillow does; of an animation the first frame counts. Formats: PNG, JPEG, WebP, BMP, GIF, TIFF, PPM. An image above
-Pillow's `MAX_IMAGE_PIXELS` is refused as a bad image, and so is one of floating-point pixels.
+Pillow's `MAX_IMAGE_PIXELS` is refused as a bad image, and so is one of floating-point pixels. Links are followed, to
+regular files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-import os
+import stat
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +28,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from stillroom.compute import map_in_threads
 from stillroom.errors import StillroomError
 from stillroom.files import remembered
 from stillroom.readers import ArrayImages, Span, Split, Stored
@@ -34,6 +38,9 @@ Triple = tuple[float, float, float]
 
 BLOCK_BYTES = 2**26  # of pixels that are looked at at a time, where all are
 HASHED_BYTES = 2**32  # of a split's pixels, above which files are told apart by names and sizes
+DECODED_BYTES = 2**30  # of images that threads decode at a time, counted PIXEL_BYTES each
+PIXEL_BYTES = 8  # of a decoded pixel and its colours
+STRIP_PIXELS = 2**20  # whose colours are found at a time
 HEADERS_READ = 20_000  # of a lazy split, spread evenly, before work begins: seconds where files are near
 # EPS is left out on purpose: Pillow hands it to an external program.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -246,13 +253,47 @@ def mean_and_std(levels: np.ndarray) -> tuple[Triple, Triple]:
     return (r, g, b), (r_std, g_std, b_std)
 
 
-@contextmanager
-def _pillow_warnings() -> Iterator[None]:
-    """Silence Pillow on odd metadata, and make an error of its warning that an image is too large."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
+class _Quiet:
+    """Silences warnings (Pillow's, on odd metadata) while any thread is within: they are the process's."""
+
+    def __init__(self) -> None:
+        self._lock, self._within = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._within:
+                self._caught = warnings.catch_warnings()
+                self._caught.__enter__()
+                warnings.simplefilter("ignore")
+            self._within += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._within -= 1
+            if not self._within:
+                self._caught.__exit__(None, None, None)
+
+
+class _Room:
+    """Bytes that threads may take at a time: who wants more than is left waits; more than all goes alone."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._taken, self._changed = most, 0, threading.Condition()
+
+    @contextmanager
+    def take(self, size: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + size <= self._most)
+            self._taken += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= size
+                self._changed.notify_all()
+
+
+_quiet, _room = _Quiet(), _Room(DECODED_BYTES)
 
 
 def _open_image(item: Path | Span | bytes | np.ndarray | None) -> Image.Image:
@@ -262,7 +303,13 @@ def _open_image(item: Path | Span | bytes | np.ndarray | None) -> Image.Image:
         item = item.read()
     if isinstance(item, np.ndarray):
         return Image.fromarray(item[..., 0] if item.shape[-1] == 1 else item)
-    return Image.open(item if isinstance(item, Path) else io.BytesIO(item), formats=FORMATS)
+    if isinstance(item, Path) and not stat.S_ISREG(item.stat().st_mode):  # a pipe would be waited for
+        raise ValueError("not a file")
+    image = Image.open(item if isinstance(item, Path) else io.BytesIO(item), formats=FORMATS)
+    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        image.close()
+        raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels, above {Image.MAX_IMAGE_PIXELS:,}")
+    return image
 
 
 def _is_gray(image: Image.Image) -> bool:
@@ -272,7 +319,7 @@ def _is_gray(image: Image.Image) -> bool:
 def first_size(stored: Stored, rows: np.ndarray) -> tuple[int, int, int]:
     """Height, width and native channels (1 or 3) of the first image whose header can be read."""
     failure = "there are none"
-    with _pillow_warnings():
+    with _quiet:
         for row in rows:
             try:
                 with _open_image(stored.fetch(np.array([row]))[0]) as image:
@@ -290,7 +337,7 @@ def common_side(stored: Stored, rows: np.ndarray) -> int | None:
     Images that cannot be read say nothing here.
     """
     sizes: set[tuple[int, int]] = set()
-    with _pillow_warnings():
+    with _quiet:
         for row in rows:
             try:
                 with _open_image(stored.fetch(np.array([row]))[0]) as image:
@@ -322,7 +369,7 @@ def _check_headers(stored: Stored, rows: np.ndarray, size: int, resize: Resize) 
             raise _other_size(stored, row, found, size)
         return None
 
-    with _pillow_warnings(), ThreadPoolExecutor(16) as pool:  # most of the time goes by in waiting for files
+    with _quiet, ThreadPoolExecutor(16) as pool:  # most of the time goes by in waiting for files
         return [reason for reason in pool.map(look, rows) if reason is not None]
 
 
@@ -341,28 +388,42 @@ def _decode(stored: Stored, rows: np.ndarray, size: int, resize: Resize) -> tupl
     pixels = np.zeros((len(rows), 3, size, size), np.uint8)
     bad: list[tuple[int, str]] = []
 
-    def work(positions: np.ndarray) -> None:
-        for position in positions:
-            # Damaged files make Pillow's plugins raise nearly anything: OSError, SyntaxError, struct.error, KeyError.
+    def work(position: int) -> None:
+        # Damaged files make Pillow's plugins raise nearly anything: OSError, SyntaxError, struct.error, KeyError.
+        with contextlib.ExitStack() as stack:
             try:
-                with _open_image(items[position]) as image:
-                    colour = _to_rgb(ImageOps.exif_transpose(image))
+                image = stack.enter_context(_open_image(items[position]))
+                stack.enter_context(_room.take(PIXEL_BYTES * image.width * image.height))
+                ImageOps.exif_transpose(image, in_place=True)
+                colour = _to_rgb(image)
             except Exception as error:
-                bad.append((int(position), _reason(stored, rows[position], error)))
+                bad.append((position, _reason(stored, rows[position], error)))
             else:
                 square = _to_square(colour, size, resize, stored, rows[position])
                 pixels[position] = np.asarray(square).transpose(2, 0, 1)
 
-    workers = max(1, min(os.cpu_count() or 1, 16, len(rows)))
-    with _pillow_warnings(), ThreadPoolExecutor(workers) as pool:
-        list(pool.map(work, np.array_split(np.arange(len(rows)), workers)))
+    with _quiet:
+        map_in_threads(work, range(len(rows)))
     return pixels, sorted(bad)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Colours by the rules at the top of this module."""
+    """Colours by the rules at the top of this module, a strip at a time: on their way some take many bytes a pixel."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range")
+    if image.mode == "RGB" and "transparency" not in image.info:
+        image.load()
+        return image
+    width, height = image.size
+    rows = max(1, STRIP_PIXELS // width)
+    colour = Image.new("RGB", image.size)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        colour.paste(_strip_to_rgb(strip), (0, top))
+    return colour
+
+
+def _strip_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:

@@ -13,7 +13,10 @@ import struct
 import sys
 import tarfile
 import tempfile
+import time
+import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -601,6 +604,80 @@ def test_exif_orientation_is_applied(tmp_path):
     assert (image == np.rot90(pixels, -1)).all()
 
 
+@pytest.mark.parametrize(
+    "mode", ["L", "LA", "P", "P with tRNS", "PA", "RGBA", "RGB with tRNS", "CMYK", "1", "I;16", "I"]
+)
+@pytest.mark.parametrize("strip", [1, 2 * SIDE, 2**20])
+def test_colours_do_not_depend_on_the_strips_in_which_they_are_found(monkeypatch, mode, strip):
+    image = Image.fromarray(pixels_of(1, 5)[0])
+    if mode.startswith("I"):
+        levels = np.random.default_rng(0).integers(0, 2**16, (SIDE, SIDE))
+        expected = np.repeat(np.round(levels * 255 / 65535)[..., None], 3, axis=2)
+        image = Image.fromarray(levels.astype({"I;16": np.uint16, "I": np.int32}[mode]))
+    else:
+        image = image.convert(mode.split()[0] if mode != "PA" else "P")
+        image = image.convert("PA") if mode == "PA" else image
+        if mode in ("LA", "RGBA"):
+            image.putalpha(Image.fromarray(pixels_of(1, 6)[0][..., 0]))
+        if mode.endswith("tRNS"):
+            image.info["transparency"] = 3 if mode.startswith("P") else image.getpixel((1, 1))
+        background = Image.new("RGBA", image.size, "white")
+        expected = np.asarray(Image.alpha_composite(background, image.convert("RGBA")).convert("RGB"))
+        if mode in ("CMYK", "1", "L"):
+            expected = np.asarray(image.convert("RGB"))
+    monkeypatch.setattr(images_module, "STRIP_PIXELS", strip)
+    found = images_module._to_rgb(image)
+    assert found.mode == "RGB"
+    assert (np.asarray(found) == expected).all()
+
+
+def test_threads_decode_so_many_pixels_at_a_time_and_a_larger_image_alone(tmp_path, monkeypatch):
+    room, at_once, most = images_module._Room(images_module.PIXEL_BYTES * 2 * SIDE * SIDE), [], []
+    monkeypatch.setattr(images_module, "_room", room)
+    monkeypatch.setattr("stillroom.compute.usable_cores", lambda: 8)
+    convert = images_module._to_rgb
+
+    def slowly(image: Image.Image) -> Image.Image:
+        at_once.append(image.size)
+        most.append((len(at_once), max(at_once)))
+        time.sleep(0.02)
+        at_once.remove(image.size)
+        return convert(image)
+
+    monkeypatch.setattr(images_module, "_to_rgb", slowly)
+    for number in range(8):
+        side = 4 * SIDE if number in (2, 5) else SIDE
+        Image.new("RGB", (side, side)).save(tmp_path / f"{number}.png")
+    images_module._decode(FileImages(tmp_path, tuple(f"{n}.png" for n in range(8))), np.arange(8), SIDE, "squash")
+    assert len(most) == 8
+    assert max(count for count, largest in most if largest[0] == SIDE) == 2
+    assert {count for count, largest in most if largest[0] > SIDE} == {1}
+
+
+def test_warnings_are_as_before_once_threads_have_decoded(tmp_path):
+    before = list(warnings.filters)
+    root = write_folder(tmp_path)
+    load(root)
+    real = load(root, memory_limit_gib=EVERYTHING_LAZY)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: all_pixels(real.train), range(20)))
+    assert warnings.filters == before
+
+
+@pytest.mark.parametrize("through", ["the pipe itself", "a link"])
+def test_a_pipe_among_images_is_not_waited_for(tmp_path, through):
+    root = write_folder(tmp_path / "data")
+    image = root / "train" / "a" / "0.png"
+    image.unlink()
+    os.mkfifo(image if through == "the pipe itself" else tmp_path / "pipe")
+    if through == "a link":
+        image.symlink_to(tmp_path / "pipe")
+        with pytest.raises(StillroomError, match=r"a/0\.png: .*not a file"):
+            load(root)
+    else:
+        assert len(load(root).train) == 5
+
+
 def test_crop_keeps_the_centre_and_squash_keeps_everything(tmp_path):
     wide = np.zeros((SIDE, 3 * SIDE, 3), np.uint8)
     wide[:, SIDE : 2 * SIDE] = pixels_of(1, 3)[0]
@@ -644,6 +721,26 @@ def test_class_names_come_from_the_hubs_metadata_or_from_sorted_string_labels(tm
     assert real.train.labels.tolist() == [1, 0, 1]
     encoded = pa.array(["dog", "cat", "dog"]).dictionary_encode()
     assert load(parquet_pair(tmp_path / "dictionary", encoded)).class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize("places", [("train", "test"), ("train-0", "train-1")])
+def test_parquet_whose_labels_are_numbers_in_one_file_and_text_in_another_is_refused(tmp_path, places):
+    for name, labels in zip(places, ([0, 1], ["0", "1"]), strict=True):
+        write_parquet(tmp_path / f"{name}.parquet", pixels_of(2), labels)
+    with pytest.raises(StillroomError, match=rf"{places[1]}.parquet and .* text in 'label' in the one and numbers in"):
+        load(tmp_path, holdout_per_class=0 if "test" in places else 1)
+
+
+def test_text_labels_are_numbered_by_their_sorted_names_over_files_and_row_groups(tmp_path):
+    texts = ["dog", "cat", "bee", "dog", "ant", "cat", "bee", "ant", "cow", "dog"]
+    for k, rows in enumerate((slice(0, 6), slice(6, 10))):
+        write_parquet(tmp_path / f"train-{k}.parquet", pixels_of(10)[rows], texts[rows])
+    write_parquet(tmp_path / "test.parquet", pixels_of(2), ["dog", "bee"])
+    real = load(tmp_path)
+    names = sorted(set(texts))
+    assert real.class_names == tuple(names)
+    assert real.train.labels.tolist() == [names.index(text) for text in texts]
+    assert real.test.labels.tolist() == [names.index("dog"), names.index("bee")]
 
 
 ODD_NAMES = ("cat/dog", "../x", "/etc/passwd", "a b", "süß 日本", "C:\\CON", "..", "line\nbreak", "{}%s", "-rf *")

@@ -227,6 +227,13 @@ def _label_column(schema: Any, wanted: str | None, usual: str | None, where: Pat
     return _choose("label", wanted, fitting, ("label", "labels", "fine_label"), False, schema, where)
 
 
+def _is_text(schema: Any, label_column: str) -> bool:
+    import pyarrow as pa
+
+    kind = schema.field(label_column).type
+    return not pa.types.is_integer(kind.value_type if pa.types.is_dictionary(kind) else kind)
+
+
 def _choose(
     kind: str, wanted: str | None, fitting: list[str], usual: Sequence[str], by_type: bool, schema: Any, where: Path
 ) -> str:
@@ -280,16 +287,24 @@ def read_parquet(
         schema = pq.read_schema(train_files[0])
         image_column = _image_column(schema, image_column, train_files[0])
         label_column = _label_column(schema, label_column, usual_label_column, train_files[0])
+        is_text = _is_text(schema, label_column)
 
-    def split(files: list[Path]) -> tuple[ParquetImages, list[Any]]:
+    text: dict[str, int] = {}  # labels that are text, numbered as they come
+
+    def split(files: list[Path]) -> tuple[ParquetImages, np.ndarray]:
         groups: list[tuple[Path, int]] = []
         group_bytes: list[int] = []
         rows: list[int] = [0]
-        labels: list[Any] = []
+        labels: list[np.ndarray] = []
         for path in files:
             with _reading_parquet(path), pq.ParquetFile(path) as file:
                 _image_column(file.schema_arrow, image_column, path)
                 _label_column(file.schema_arrow, label_column, None, path)
+                if _is_text(file.schema_arrow, label_column) != is_text:
+                    raise StillroomError(
+                        f"{path} and {train_files[0]} have text in {label_column!r} in the one and numbers in the "
+                        "other; write all files alike."
+                    )
                 for number in range(file.num_row_groups):
                     meta = file.metadata.row_group(number)
                     chunks = [meta.column(c) for c in range(meta.num_columns)]
@@ -300,43 +315,54 @@ def read_parquet(
                     rows.append(meta.num_rows)
                 if file.metadata.num_rows > LARGEST_ROWS:
                     raise StillroomError(f"{path} has {file.metadata.num_rows:,} rows; split it, or do not trust it")
-                found = [
-                    label
-                    for number in range(file.num_row_groups)
-                    for label in read_column(file, number, label_column, path).to_pylist()
-                ]
-            if None in found:
-                raise StillroomError(
-                    f"{path} row {found.index(None)} has no '{label_column}'; give it a label or remove the row."
-                )
-            labels += found
-        return ParquetImages(image_column, tuple(groups), tuple(group_bytes), np.cumsum(rows)), labels
+                labels.append(_read_labels(file, label_column, path, text))
+        images = ParquetImages(image_column, tuple(groups), tuple(group_bytes), np.cumsum(rows))
+        return images, np.concatenate(labels)
 
     train_images, train_labels = split(train_files)
-    test_images, test_labels = split(test_files) if test_files else (None, [])
+    known = len(text)
+    test_images, test_labels = split(test_files) if test_files else (None, train_labels[:0])
     names = _hub_class_names(schema, label_column)
-    if any(isinstance(label, str) for label in train_labels):
-        names = tuple(sorted(set(map(str, train_labels))))
-        train_labels = _numbered(train_labels, names, train_files[0].parent)
-        test_labels = _numbered(test_labels, names, (test_files or train_files)[0].parent)
-    train = Split(train_images, _integers(train_labels, train_files[0]))
-    return Source(train, Split(test_images, _integers(test_labels, test_files[0])) if test_images else None, names)
+    if is_text:
+        unknown = next(iter(list(text)[known:]), None)
+        if unknown is not None:
+            raise StillroomError(
+                f"{test_files[0].parent} has the test label {unknown!r}, which the training split lacks."
+            )
+        names = tuple(sorted(text))
+        places = np.argsort([text[name] for name in names])  # of the first label that came, of the second, ...
+        train_labels, test_labels = places[train_labels], places[test_labels]
+    test = Split(test_images, test_labels) if test_images else None
+    return Source(Split(train_images, train_labels), test, names)
+
+
+def _read_labels(file: Any, column: str, path: Path, text: dict[str, int]) -> np.ndarray:
+    """-> the labels of an open file, int64 [rows]: its numbers, or for text places in `text`, which grows by it.
+
+    Raises StillroomError where a row has none, and for numbers that int64 has not.
+    """
+    import pyarrow as pa
+
+    found, before = [], 0
+    for group in range(file.num_row_groups):
+        for chunk in read_column(file, group, column, path).chunks:
+            if chunk.null_count:
+                row = before + chunk.is_null().to_numpy(zero_copy_only=False).argmax()
+                raise StillroomError(f"{path} row {row} has no '{column}'; give it a label or remove the row.")
+            before += len(chunk)
+            if not _is_text(file.schema_arrow, column):
+                numbers = np.asarray(chunk)
+                if len(numbers) and int(numbers.max()) >= 2**63:
+                    raise StillroomError(
+                        f"{path} has the label {numbers.max()}; labels must be integers 0 ... C-1 in both splits."
+                    )
+                found.append(numbers.astype(np.int64))
+                continue
+            encoded = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
+            own = [text.setdefault(str(name), len(text)) for name in encoded.dictionary.to_pylist()]
+            found.append(np.array(own, np.int64)[encoded.indices.to_numpy()])
+    return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
 def _belongs(path_in_schema: str, column: str) -> bool:
     return path_in_schema == column or path_in_schema.startswith(f"{column}.")
-
-
-def _numbered(labels: list[Any], names: tuple[str, ...], where: Path) -> list[int]:
-    label_of = {name: label for label, name in enumerate(names)}
-    unknown = next((label for label in labels if label not in label_of), None)
-    if unknown is not None:
-        raise StillroomError(f"{where} has the test label {unknown!r}, which the training split lacks.")
-    return [label_of[label] for label in labels]
-
-
-def _integers(labels: list[Any], where: Path) -> np.ndarray:
-    odd = next((label for label in labels if not isinstance(label, int) or not -(2**63) <= label < 2**63), None)
-    if odd is not None:
-        raise StillroomError(f"{where} has the label {odd!r}; labels must be integers 0 ... C-1 in both splits.")
-    return np.array(labels, np.int64)
