@@ -35,9 +35,9 @@ Result = TypeVar("Result")
 # Changes whenever a draw is derived differently, so that cached work of another scheme is never mistaken for ours.
 SEED_SCHEME = 1
 
-# Where compiling a step pays for itself, in steps, on one AVX512-bf16 core (docs/log.md). Recovery: ResNet-18's
-# compensator step compiles in 35 s and saves 0.14 s a step, MobileNetV2's in 83 to 161 s and saves 0.55 s. Training:
-# convnet's in 13 s and saves 8 ms, ResNet-18's in 38 s and saves 4 ms.
+# From how many steps on compiling one pays for itself. Training was measured on one AVX512-bf16 core (docs/log.md):
+# convnet's compiles in 13 s and saves 8 ms a step, ResNet-18's in 38 s and saves 4 ms. Recovery is by what was measured
+# of full-sized networks, for GPUs and G-VBSM; see recover.repays_compiling for the others.
 COMPILE_FROM_STEPS = {"recovery": 300, "training": 5000}
 
 # What a recovery's step keeps for its backward pass, in bytes per pixel of the images, by their largest side: float32,
@@ -165,9 +165,9 @@ class Plan:
         """Return the context in which networks run; outside it everything is float32."""
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
-    def compiled(self, function: Function, steps: int, work: Literal["recovery", "training"]) -> Function:
-        """Return `function` compiled where that pays within `steps` calls (or is asked for), else unchanged."""
-        if self.compile == "off" or (self.compile == "auto" and steps < COMPILE_FROM_STEPS[work]):
+    def compiled(self, function: Function, pays: bool) -> Function:
+        """Return `function` compiled where that is asked for, or left to us and `pays`; else unchanged."""
+        if self.compile == "off" or (self.compile == "auto" and not pays):
             return function
         # Each piece of work compiles a function of its own; without this the eighth would silently run eagerly.
         torch._dynamo.reset()

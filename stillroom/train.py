@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from stillroom import augment, together
 from stillroom.augment import Mixing
-from stillroom.compute import Plan, build_generator, derive_seed, seed_global
+from stillroom.compute import COMPILE_FROM_STEPS, Plan, build_generator, derive_seed, seed_global
 from stillroom.data import Images
 from stillroom.errors import StillroomError, check_choices
 from stillroom.muon import Muon
@@ -252,7 +252,7 @@ def fit(
             logits = network(images)
         return loss_function(logits.float(), targets)
 
-    compute_loss = compute_loss if shared else plan.compiled(compute_loss, steps, "training")
+    compute_loss = compute_loss if shared else plan.compiled(compute_loss, steps >= COMPILE_FROM_STEPS["training"])
     model.train()
     rows_of = functools.lru_cache(1)(epochs.rows)
 

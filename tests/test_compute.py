@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from stillroom import compute
-from stillroom.compute import COMPILE_FROM_STEPS, ComputeConfig, Plan, build_generator, derive_seed, resolve_plan
+from stillroom.compute import ComputeConfig, Plan, build_generator, derive_seed, resolve_plan
 from stillroom.errors import StillroomError
 
 SEED_OF_STUDENT_CROP_7 = 6619680381166455902  # the first 63 bits of sha256 of "stillroom-1/0/student/crop/7"
@@ -100,20 +100,19 @@ def test_a_compiler_that_the_environment_names_but_does_not_have_counts_as_missi
     assert "no-such-compiler" in notices[0]
 
 
-def test_functions_are_compiled_only_where_that_repays_itself(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_functions_are_compiled_where_that_is_asked_for_or_pays(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compute.torch, "compile", lambda function, **_: "compiled")
     monkeypatch.setattr(compute.torch._dynamo, "reset", lambda: None)
 
     def work() -> None: ...
 
-    for stage, pays_from in COMPILE_FROM_STEPS.items():
+    def kinds(mode: str) -> list[bool]:
+        own = Plan(**{**plan.as_dict(), "compile": mode})
+        return [own.compiled(work, pays) == "compiled" for pays in (False, True)]
 
-        def kind(mode: str, steps: int, stage: Any = stage) -> bool:
-            return Plan(**{**plan.as_dict(), "compile": mode}).compiled(work, steps, stage) == "compiled"
-
-        assert [kind("auto", n) for n in (1, pays_from - 1, pays_from)] == [False, False, True]
-        assert kind("on", 1)
-        assert not kind("off", 10**6)
+    assert kinds("auto") == [False, True]
+    assert kinds("on") == [True, True]
+    assert kinds("off") == [False, False]
 
 
 def test_autocast_is_on_for_bfloat16_alone(plan: Plan) -> None:

@@ -30,7 +30,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from stillroom.compute import Float32Conv2d, Plan, build_generator
+from stillroom.compute import COMPILE_FROM_STEPS, Float32Conv2d, Plan, build_generator
 from stillroom.data import RealData
 from stillroom.distilled import DistilledSet
 from stillroom.errors import StillroomError, check_choices
@@ -367,7 +367,7 @@ def build_matching(
         )
         return label_loss, config.statistics_weight * distance, average
 
-    return plan.compiled(compute, calls, "recovery"), layout
+    return plan.compiled(compute, calls >= COMPILE_FROM_STEPS["recovery"]), layout
 
 
 def build_terms(

@@ -16,10 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from stillroom import augment
-from stillroom.compute import Float32Conv2d, Plan, build_generator
+from stillroom.compute import COMPILE_FROM_STEPS, Float32Conv2d, Plan, build_generator
 from stillroom.errors import StillroomError
 from stillroom.networks import batchnorm_layers
 from stillroom.run import Checkpoint, Run, Task
+
+# Of compiling a step on one AVX512-bf16 core (docs/log.md): what it saves for each number that a BatchNorm sees, and
+# what it takes.
+SAVED_SECONDS, COMPILE_SECONDS, COMPILE_SECONDS_PER_LAYER = 2.5e-9, 15.0, 1.5
 
 # What a batch is for one BatchNorm: per group and channel the mean of its input's deviations from the running mean and
 # the mean of their squares, float32 [groups, channels] both, and the layer's running variance [channels].
@@ -188,9 +192,9 @@ def build_objective(
 ) -> Objective:
     """Return Equation 3's two terms of a batch of `groups` groups, to be summed and derived.
 
-    Compiled where `calls` repay it. Where the plan has `chunk_images`, a group's images are passed so many at a time,
-    twice: once for the statistics, once, in the backward pass, for the gradient, which is the whole batch's. Memory is
-    then the chunk's, whatever the number of images.
+    Compiled where `calls` of them repay it. Where the plan has `chunk_images`, a group's images are passed so many at a
+    time, twice: once for the statistics, once, in the backward pass, for the gradient, which is the whole batch's.
+    Memory is then the chunk's, whatever the number of images.
 
     Confessed: Equation 3 sums the cross-entropy over the slot's images; the published scripts, and this, take its mean
     and add the statistics loss once per slot, so that the balance does not depend on the number of classes.
@@ -207,19 +211,42 @@ def build_objective(
         each, layers = measure(views, labels)
         return each.mean(1), statistics_weight * statistics_loss(layers, first_layer_weight)
 
-    def whole(tensor: Tensor, form: Form, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return compiled_losses(form(tensor, slice(None)), labels)
+    function = measure if plan.chunk_images else losses
+    fastest: list[Any] = []  # function itself, or compiled, as the first call's shapes decide
 
-    def chunked(tensor: Tensor, form: Form, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def call(tensor: Tensor, form: Form, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if not fastest:
+            with torch.no_grad():
+                pays = repays_compiling(recorder, form(tensor, slice(0, 1)), calls * labels.numel(), plan, calls)
+            fastest.append(plan.compiled(function, pays))
+        if not plan.chunk_images:
+            return fastest[0](form(tensor, slice(None)), labels)  # type: ignore[no-any-return]
         chunks = cut_chunks(labels.shape[1], plan.chunk_images)
-        label_loss, distance = _InChunks.apply(tensor, form, labels, chunks, compiled_measure, first_layer_weight)
+        label_loss, distance = _InChunks.apply(tensor, form, labels, chunks, fastest[0], first_layer_weight)
         return label_loss, statistics_weight * distance
 
-    if plan.chunk_images:
-        compiled_measure = plan.compiled(measure, calls, "recovery")
-        return chunked
-    compiled_losses = plan.compiled(losses, calls, "recovery")
-    return whole
+    return call
+
+
+def repays_compiling(recorder: Recorder, views: Tensor, images: int, plan: Plan, calls: int) -> bool:
+    """Whether compiling what passes `images` views like these through the teacher, in `calls` steps, saves time.
+
+    By what its BatchNorms see, not by the clock, so that the same recovery is always carried out in the same way.
+    """
+    if not plan.device.startswith("cpu"):
+        return calls >= COMPILE_FROM_STEPS["recovery"]
+    sizes: list[int] = []
+    hooks = [
+        norm.register_forward_hook(lambda _, inputs, __: sizes.append(inputs[0].numel()))
+        for norm in recorder.modules()
+        if isinstance(norm, RecordingNorm)
+    ]
+    with torch.no_grad(), plan.autocast():
+        recorder(views)
+    for hook in hooks:
+        hook.remove()
+    compiling = COMPILE_SECONDS + COMPILE_SECONDS_PER_LAYER * len(sizes)
+    return images / len(views) * sum(sizes) * SAVED_SECONDS > compiling
 
 
 def cut_chunks(images: int, most: int) -> list[slice]:
