@@ -35,6 +35,8 @@ Result = TypeVar("Result")
 # Changes whenever a draw is derived differently, so that cached work of another scheme is never mistaken for ours.
 SEED_SCHEME = 1
 
+THREADS_PER_CORE = 4  # more of them, thousands say, wait for each other without end
+
 # From how many steps on compiling one pays for itself. Training was measured on one AVX512-bf16 core (docs/log.md):
 # convnet's compiles in 13 s and saves 8 ms a step, ResNet-18's in 38 s and saves 4 ms. Recovery is by what was measured
 # of full-sized networks, for GPUs and G-VBSM; see recover.repays_compiling for the others.
@@ -204,6 +206,11 @@ def resolve_plan(
         here = ", ".join(name for name, there in available.items() if there)
         raise StillroomError(
             f"compute.device is {config.device!r}, which this machine does not have; use one of: {here}"
+        )
+    cores = os.cpu_count() or 1
+    if (config.threads or 0) > THREADS_PER_CORE * cores:
+        raise StillroomError(
+            f"compute.threads is {config.threads}, but this machine has {cores} cores; give as many, or leave it out"
         )
     met = torch.distributed.is_available() and torch.distributed.is_initialized()
     processes = torch.distributed.get_world_size() if met else 1

@@ -521,7 +521,7 @@ def _require_every_class(labels: np.ndarray, class_names: Sequence[str], name: s
     if len(missing):
         raise StillroomError(
             f"{name}: class {missing[0]} ('{class_names[missing[0]]}') has no training image left after holding out "
-            "and skipping; add images, or remove the class from labels and class names."
+            "and skipping; add images, or take the class away."
         )
 
 

@@ -49,6 +49,13 @@ def test_threads_are_those_that_the_environment_asks_for(monkeypatch: pytest.Mon
         assert resolve_plan(ComputeConfig("cpu", compile="off")).threads == threads
 
 
+def test_far_more_threads_than_cores_are_refused_and_a_few_more_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert resolve_plan(ComputeConfig("cpu", compile="off", threads=8)).threads == 8
+    with pytest.raises(StillroomError, match=r"compute\.threads is 9, but this machine has 2 cores"):
+        resolve_plan(ComputeConfig("cpu", compile="off", threads=9))
+
+
 @pytest.mark.parametrize(("flags", "precision"), [({"avx2"}, "float32"), ({"avx2", "avx512_bf16"}, "bfloat16")])
 def test_precision_follows_what_the_processor_does_in_hardware(
     monkeypatch: pytest.MonkeyPatch, flags: set[str], precision: str

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillroom.compute import ComputeConfig, Plan, build_generator, resolve_plan
+from stillroom.errors import StillroomError
+from stillroom.methods.infer import InferConfig
 from stillroom.methods.recover import (
     Recorder,
     build_objective,
@@ -126,3 +128,19 @@ def test_what_is_compiled_is_decided_at_the_first_step_by_all_steps_images(
         for _ in range(2):
             objective(torch.zeros(1, 3, 8, 8), lambda u, rows: u.expand(4, -1, -1, -1)[rows], torch.arange(4)[None])
     assert asked == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"betas": (2.0, -1.0)}, r"infer\.betas is \(2\.0, -1\.0\); give two numbers from 0 to below 1"),
+        ({"betas": (0.5, 1.0)}, r"infer\.betas"),
+        ({"betas": (float("nan"), 0.9)}, r"infer\.betas"),
+        ({"statistics_weight": float("nan")}, r"infer\.statistics_weight is nan; give 0 or more"),
+        ({"first_layer_weight": -1.0}, r"infer\.first_layer_weight is -1\.0"),
+        ({"learning_rate": float("inf")}, r"infer\.learning_rate is inf"),
+    ],
+)
+def test_settings_of_a_descent_that_are_out_of_range_are_refused_before_any_work(setting: dict, message: str) -> None:
+    with pytest.raises(StillroomError, match=message):
+        InferConfig(**setting)

@@ -167,10 +167,13 @@ def check_descent(settings: Any, where: str) -> None:
     """Raise StillroomError for settings of a descent that are out of range; `where` is the section they stand in."""
     if settings.steps < 1:
         raise StillroomError(f"{where}.steps is {settings.steps}; give 1 or more")
-    if not settings.learning_rate > 0:
+    if not 0 < settings.learning_rate < math.inf:
         raise StillroomError(f"{where}.learning_rate is {settings.learning_rate}; give a positive number such as 0.25")
-    if settings.statistics_weight < 0 or settings.first_layer_weight < 0:
-        raise StillroomError(f"{where}.statistics_weight and {where}.first_layer_weight must be 0 or more")
+    if not all(0 <= beta < 1 for beta in settings.betas):
+        raise StillroomError(f"{where}.betas is {settings.betas}; give two numbers from 0 to below 1, such as 0.5 0.9")
+    for name in ("statistics_weight", "first_layer_weight"):
+        if not 0 <= getattr(settings, name) < math.inf:
+            raise StillroomError(f"{where}.{name} is {getattr(settings, name)}; give 0 or more")
     if settings.shift_limit < 0:
         raise StillroomError(f"{where}.shift_limit is {settings.shift_limit}; give 0 or more pixels")
 
