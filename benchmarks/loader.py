@@ -6,7 +6,8 @@ Of a set of INFER's shape (images, one compensator per teacher and slot): views 
 them; views decoded from the published layout, where each of the M + 1 views of an image is a JPEG file; and what a
 student's step consumes. Then a set of --stored images is saved, loaded and read in a process of its own, whose memory
 is compared with the bytes of its files, compensators and labels (a hundred images are repeated, which the folder's own
-compression finds). Times are the processor's, so what else the machine does does not count. Exit code 1 where a student
+compression finds). And images of a parquet file of --rows, read in a random order, as teachers are trained. Times are
+the processor's (parquet's: the clock's), so what else the machine does does not count. Exit code 1 where a student
 consumes more views than are formed in that time, or where reading a set takes more memory than these and --working-mib,
 in which a batch is decoded and formed.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -24,7 +26,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from measure import build_parser, build_plan, wait_for_device, write_results
 from memory import generate_images
@@ -37,6 +43,7 @@ from stillroom.artifact import to_pixels
 from stillroom.compute import Plan, map_in_threads
 from stillroom.distilled import JPEG_QUALITY, DistilledSet
 from stillroom.networks import build_network
+from stillroom.readers import read_parquet
 from stillroom.recipes import RECIPES
 from stillroom.students import build_draws, soft_label_loss
 from stillroom.train import build_optimizer
@@ -141,12 +148,35 @@ def measure_memory(distilled: DistilledSet, stored: int) -> dict[str, Any]:
     }
 
 
+def measure_parquet(files: Sequence[bytes], group: int) -> dict[str, float]:
+    """Return how many images a second are read from parquet in a random order, 64 at a time: by its row groups, the
+    smallest pieces that parquet can read, and as our reader does, which unpacks what it reads again."""
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, {"STILLROOM_CACHE": folder}):
+        table = pa.table({"image": pa.array(files, pa.binary()), "label": [k % 2 for k in range(len(files))]})
+        pq.write_table(table, Path(folder) / "train.parquet", row_group_size=group)
+        rates = {}
+        for name, passes in (("by_groups", 1), ("first_pass", 1), ("later_pass", 2)):
+            images = read_parquet(Path(folder), with_test=False).train.images
+            if name == "by_groups":
+                images._unpacked._most = 0
+            for number in range(passes):
+                order = np.random.default_rng(number).permutation(len(files))
+                begun = time.perf_counter()
+                for rows in np.array_split(order, -(-len(files) // 64)):
+                    images.fetch(rows)
+                rates[f"parquet_{name}_per_second"] = len(files) / (time.perf_counter() - begun)
+    return rates
+
+
 def main() -> int:
     parser: argparse.ArgumentParser = build_parser(__doc__, ["resnet18"])
     parser.set_defaults(variants=["bfloat16-eager"], repeats=3, classes=100)
     parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--stored", type=int, default=10000, help="images of the set whose memory is measured")
+    parser.add_argument(
+        "--rows", type=int, default=4000, help="images of a parquet file that is read in a random order"
+    )
     parser.add_argument("--working-mib", type=float, default=WORKING_MIB, help="memory allowed beside the set's parts")
     arguments = parser.parse_args()
     artifact.HELD_BYTES = 0
@@ -162,6 +192,8 @@ def main() -> int:
     published = lambda: read_published(files, arguments.size).to(plan.device)  # noqa: E731
     formed, decoded = (per_second(work, len(rows), arguments.repeats, plan.device) for work in (form, published))
     memory, results = measure_memory(distilled, arguments.stored), []
+    encoded = [distilled.image_files[row % len(distilled.images)] for row in range(arguments.rows)]  # type: ignore[index]
+    read = measure_parquet([file + bytes([row % 256]) for row, file in enumerate(encoded)], group=100)
     for network in arguments.networks:
         step = student_step(network, distilled, rows, plan)
         step()
@@ -175,6 +207,7 @@ def main() -> int:
                 "ahead_of_student": formed / consumed,
                 "ahead_of_published": formed / decoded,
                 **memory,
+                **read,
                 "agrees": formed >= consumed and memory["memory_mib"] <= memory["artifact_mib"] + arguments.working_mib,
             }
         )
