@@ -65,11 +65,10 @@ def overlap(step: float, drawing: Cost, plan: Plan) -> float:
 
 def time_images(real: RealData, encoding: PictureEncoding) -> ImageCosts:
     """Return what an image of `real` takes, stored by `encoding`."""
-    # In their order in the file where a pass goes through all, at random where batches are drawn.
-    order = torch.randperm(len(real.train), generator=build_generator(0, "costs"))[:TIMED_READS]
-    train, images = _time_reading(real.train, order)
-    first = (len(real.test) - TIMED_READS) // 2
-    test, _ = _time_reading(real.test, torch.arange(max(0, first), min(len(real.test), max(0, first) + TIMED_READS)))
+    drawn = torch.randperm(len(real.train), generator=build_generator(0, "costs"))[:TIMED_READS]
+    train, images = _time_reading(real.train, drawn)
+    middle = max(0, len(real.test) - TIMED_READS) // 2  # of a split that is only ever gone through from end to end
+    test, _ = _time_reading(real.test, torch.arange(len(real.test))[middle:][:TIMED_READS])
     pictures = images[:TIMED_FILES].cpu().unbind()
     side = real.image_size
     encode, files = _time(

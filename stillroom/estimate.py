@@ -157,9 +157,10 @@ def _open(recipe: Recipe, notes: list[str]) -> tuple[Here, list[Stage]]:
     work = f"{len(real.train) + len(real.test):,} images"
     if isinstance(real.train, LazyImages):
         seconds, work = 0.0, "decoded by the batch"
+        train, test = (min(TIMED_READS, len(split)) for split in (real.train, real.test))
         notes.append(
-            f"reading: {min(TIMED_READS, len(real.train))} training images drawn at random took "
-            f"{1000 * costs.train.seconds:.1f} ms each; teachers draw a batch while a step runs"
+            f"reading: {train} training images drawn at random took {1000 * costs.train.seconds:.1f} ms each, {test} "
+            f"test images in a row {1000 * costs.test.seconds:.1f}; teachers draw a batch while a step runs"
         )
     return Here(real, plan, costs), [Stage("data", work, seconds, 0, 0)]
 
@@ -182,9 +183,8 @@ def _teacher_stages(recipe: Recipe, here: Here, notes: list[str]) -> list[Stage]
         else:
             step, drawing, memory = _time_training(model, train, batch, real, plan)
             drawing += here.costs.train * batch
-            seconds = _each(step, drawing, isinstance(real.train, LazyImages), plan) * steps + _time_accuracy(
-                name, here
-            )
+            each = _each(step, drawing, isinstance(real.train, LazyImages), plan)
+            seconds = each * steps + _time_accuracy(name, here)
             stages.append(Stage(f"teacher {name}", f"{steps:,} steps of {batch}", seconds, memory, weights))
     return stages
 
@@ -249,9 +249,10 @@ def _image_seconds(recipe: Recipe, content: Content, here: Here) -> float:
     """Seconds in which the images of the set and of its random control are read, encoded, and decoded again."""
     real, costs = here.real, here.costs
     reads = 0
-    if recipe.method in TAKEN and recipe.infer.naturals is None:
-        # Where they are not held: once to hash them, of INFER's, and once to encode them.
-        reads = content.images * (1 + (recipe.method == "infer" and _is_stored(content, real)))
+    if recipe.method == "infer" and recipe.infer.naturals is None:
+        reads = content.images * (2 if _is_stored(content, real) else 1)  # to hash them, and to encode them
+    elif recipe.method in ("random", "herding", "k_center"):
+        reads = content.images
     elif recipe.method == "rded":
         reads = content.images * recipe.rded.factor**2  # an image for each tile
     # Encoded once, and decoded as they are encoded and as the set is read back (or, of many, for its fingerprints).
