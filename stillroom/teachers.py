@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.compute import Plan
-from stillroom.data import RealData
+from stillroom.data import LazyImages, RealData
 from stillroom.errors import StillroomError, check_choices
 from stillroom.events import read_events
 from stillroom.files import (
@@ -309,6 +309,7 @@ def train_teacher(
         label=f"teacher {name}",
         total_steps=config.steps_for(len(real.train)),
         measure=lambda m: measure_accuracy(m, real.test, real.mean, real.std, plan),
+        ahead=isinstance(real.train, LazyImages),
     )
 
 

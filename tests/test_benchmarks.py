@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from stillroom.compute import Plan
+from stillroom.recipes import find_recipe
 
 pytestmark = pytest.mark.slow  # each starts a process of its own
 
@@ -95,3 +99,20 @@ def test_a_large_set_is_read_in_the_memory_of_its_parts(tmp_path: Path) -> None:
         assert row["agrees"]
         assert row["formed_per_second"] >= row["student_per_second"] > 0
         assert row["parquet_later_pass_per_second"] > 0
+
+
+def test_what_every_worker_does_by_itself_is_not_shortened_by_more_workers(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    scaling = importlib.import_module("scaling")
+    monkeypatch.setattr(scaling, "time_image", lambda *_, **__: 1.0)
+    recipe = find_recipe("infer-imagenet-ipc50")
+    free = scaling.list_stages(recipe, plan, scaling.ImageSeconds(0, 0, 0, 0, 0))
+    stages = scaling.list_stages(recipe, plan, scaling.ImageSeconds(header=0, read=1, hash=2, encode=4, decode=8))
+    naturals, tested = 49_000, 50_000 * 3
+    assert stages[0].before - free[0].before == tested + naturals * (1 + 2)  # accuracies; decoded and hashed
+    assert stages[1].before == naturals * (1 + 4 + 8 + 2)  # decoded, encoded; and read back for a fingerprint
+    alone, units = sum(stage.before for stage in stages), sum(sum(stage.units) for stage in stages)
+    assert scaling.simulate(stages, 1) == alone + units
+    assert scaling.simulate(stages, 10**5) == alone + sum(max(stage.units) for stage in stages)

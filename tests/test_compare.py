@@ -37,6 +37,7 @@ from stillroom import (
 from stillroom.analysis.duplication import feature_duplication, mean_over_classes, mean_similarity
 from stillroom.analysis.results import measure_tradeoff
 from stillroom.compute import Plan
+from stillroom.costs import Cost
 from stillroom.data import FACTS, load_real
 from stillroom.distilled import count_bytes, load_distilled
 from stillroom.errors import StillroomError, TimeLimitReached
@@ -303,7 +304,7 @@ def test_a_dry_run_counts_every_training_once_and_writes_nothing(
 ) -> None:
     comparison = comparison_of(toy_recipe, Grid(methods=methods, ipc=ipc))
     with monkeypatch.context() as patch:
-        patch.setattr(estimate, "_time_training", lambda *_: (1.0, 0))  # seconds are steps
+        patch.setattr(estimate, "_time_training", lambda *_: (1.0, Cost(), 0))  # seconds are steps
         patch.setattr(estimate, "_time_views", lambda *_: 0.0)
         stages, _ = estimate.estimate_comparison(comparison)
     estimated = sum(stage.seconds for stage in stages if "students" in stage.name)

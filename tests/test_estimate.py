@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import build_toy_teacher
+from conftest import build_toy_teacher, draw_toy_colours
+from PIL import Image
 
-from stillroom import artifact, estimate, labels
+from stillroom import artifact, costs, estimate, labels
 from stillroom.compute import Plan
-from stillroom.data import RealData
+from stillroom.costs import Cost, overlap
+from stillroom.data import DataConfig, LazyImages, RealData
 from stillroom.estimate import estimate_recipe
 from stillroom.methods import METHODS
 from stillroom.methods.gvbsm import GvbsmConfig
@@ -39,7 +43,7 @@ def test_the_estimated_student_steps_are_those_that_the_run_takes(
     toy_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
     recipe = replace(toy_recipe, **change)
-    monkeypatch.setattr(estimate, "_time_training", lambda *_: (1.0, 0))  # seconds are steps
+    monkeypatch.setattr(estimate, "_time_training", lambda *_: (1.0, Cost(), 0))  # seconds are steps
     monkeypatch.setattr(estimate, "_time_views", lambda *_: 0.0)
     stages, _ = estimate_recipe(recipe)
     estimated = sum(stage.seconds for stage in stages if stage.name.startswith("students"))
@@ -92,7 +96,7 @@ def test_a_teacher_that_is_loaded_is_measured_on_every_test_image(
     monkeypatch.setattr(estimate, "_time_views", lambda networks, views, *_: float(views))
     (tmp_path / "weights.safetensors").touch()
     loaded = replace(toy_recipe.teachers, checkpoints=(f"toynet={tmp_path / 'weights.safetensors'}",))
-    [teacher, *_], _ = estimate_recipe(replace(toy_recipe, teachers=loaded, labels=("hard",)), "set")
+    [_, teacher, *_], _ = estimate_recipe(replace(toy_recipe, teachers=loaded, labels=("hard",)), "set")
     assert (teacher.name, teacher.seconds) == ("teacher toynet", 40.0)
 
 
@@ -101,8 +105,8 @@ def test_a_teacher_that_is_loaded_is_measured_on_every_test_image(
 )
 def test_the_recovery_of_pixels_is_timed(toy_recipe: Recipe, method: str, stages: list[str]) -> None:
     found, _ = estimate_recipe(replace(toy_recipe, method=method, labels=("static",)), "set")
-    assert [stage.name for stage in found[1:]] == [*stages, "images", "static labels"]
-    assert all(stage.seconds > 0 for stage in (*found[1:-2], found[-1]))
+    assert [stage.name for stage in found[2:]] == [*stages, "images", "static labels"]
+    assert all(stage.seconds > 0 for stage in found)
     assert found[-3].memory > 0
 
 
@@ -156,5 +160,90 @@ def test_a_method_whose_work_is_not_known_here_is_said_not_to_be_timed(
     monkeypatch.setitem(METHODS, "herding of my own", METHODS["herding"])
     mine: Any = "herding of my own"
     found, _ = estimate_recipe(replace(toy_recipe, method=mine, labels=("static",)), "set")
-    assert [(stage.name, stage.work) for stage in found[1:2]] == [(mine, "not timed, not counted")]
-    assert [stage.name for stage in found[2:]] == ["images", "static labels"]
+    assert [(stage.name, stage.work) for stage in found[2:3]] == [(mine, "not timed, not counted")]
+    assert [stage.name for stage in found[3:]] == ["images", "static labels"]
+
+
+SLOW = 0.02  # seconds of an image
+
+
+def read_slowly(recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """The recipe on files that are decoded by the batch, each of which takes SLOW seconds."""
+    for split, per_class, seed in (("train", 24, 1), ("test", 10, 2)):
+        for index, (image, label) in enumerate(zip(*draw_toy_colours(per_class, seed), strict=True)):
+            own = folder / split / str(label)
+            own.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(own / f"{index}.png")
+    decode = LazyImages.batch
+
+    def batch(images: LazyImages, indices: torch.Tensor) -> torch.Tensor:
+        time.sleep(SLOW * len(indices))
+        return decode(images, indices)
+
+    monkeypatch.setattr(LazyImages, "batch", batch)
+    return replace(recipe, data=DataConfig(str(folder), memory_limit_gib=0))
+
+
+@pytest.mark.parametrize(
+    ("change", "reads"),
+    [
+        # Steps of a teacher and its accuracy; naturals and random images; trainings, each measured on the test split.
+        ({"labels": ("hard",)}, {"teacher": 24 * 16 + 40, "images": 12 + 16, "students": 5 * 40}),
+        ({"method": "rded", "labels": ("hard",), "controls": False}, {"scores": 96, "images": 16}),
+        ({"method": "gvbsm", "gvbsm": GvbsmConfig(steps=2), "labels": ("hard",)}, {"statistics": 96, "images": 16}),
+    ],
+)
+def test_images_that_are_slow_to_read_are_counted_wherever_a_stage_reads_them(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], reads: dict[str, int]
+) -> None:
+    recipe = replace(read_slowly(toy_recipe, tmp_path / "slow", monkeypatch), seeds=(0,), **change)
+    stages, notes = estimate_recipe(recipe)
+    for name, count in reads.items():
+        [seconds] = [stage.seconds for stage in stages if stage.name.startswith(name) and stage.name != "images toynet"]
+        assert SLOW * count < seconds < 1.5 * SLOW * count + 1, name
+    assert any(note.startswith("reading: 48 training images drawn at random took ") for note in notes)
+
+
+def test_a_large_set_is_decoded_for_labels_and_in_every_step_of_its_students(
+    toy_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = costs.decode_picture
+
+    def slowly(*given: Any) -> torch.Tensor:
+        time.sleep(SLOW * min(os.cpu_count() or 1, 16))  # a thread per processor shares the images
+        return decode(*given)
+
+    monkeypatch.setattr(costs, "decode_picture", slowly)
+    recipe = replace(toy_recipe, labels=("static",), controls=False, seeds=(0,))
+    held = {stage.name: stage.seconds for stage in estimate_recipe(recipe)[0]}
+    monkeypatch.setattr(artifact, "HELD_BYTES", 0)
+    stored = {stage.name: stage.seconds for stage in estimate_recipe(recipe)[0]}
+    assert held["static labels"] < SLOW * 24 < stored["static labels"]
+    assert held["students, static"] < SLOW * 6 * 8 < stored["students, static"]
+
+
+def test_a_step_and_the_drawing_of_the_next_batch_take_the_longer_or_what_processors_do_for_both(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert overlap(3.0, Cost(1.0, 1.0), plan) == 3.0
+    assert overlap(1.0, Cost(3.0, 3.0), plan) == 3.0  # a thread for each, a processor for each
+    assert overlap(3.0, Cost(3.0, 6.0), plan) == 4.5  # three threads, two processors
+    assert overlap(3.0, Cost(3.0, 6.0), replace(plan, device="cuda")) == 3.0
+
+
+def test_reading_into_memory_is_timed_and_images_in_memory_cost_no_more(
+    toy_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = estimate.load_real
+
+    def slowly(config: DataConfig) -> RealData:
+        time.sleep(0.2)
+        return load(config)
+
+    monkeypatch.setattr(estimate, "load_real", slowly)
+    stages, _ = estimate_recipe(toy_recipe, "teachers")
+    assert [(stage.name, stage.work) for stage in stages[:1]] == [("data", "136 images")]
+    assert stages[0].seconds > 0.2
+    real = load(toy_recipe.data)
+    assert costs.time_images(real, "png").train == costs.time_images(real, "png").test == Cost()

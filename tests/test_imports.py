@@ -24,7 +24,7 @@ LAYERS = (
     ("run",),
     ("artifact", "card", "data", "logits", "cluster"),
     ("distilled", "train"),
-    ("teachers", "replay", "infer_files", "classnames", "layouts", "hub"),
+    ("teachers", "replay", "costs", "infer_files", "classnames", "layouts", "hub"),
     ("labels", "methods.select", "methods.recover", "exchange", "export", "analysis.duplication"),
     ("methods.infer", "methods.pixels", "methods.coreset", "methods.rded", "students"),
     ("methods.sre2l", "methods.gvbsm"),

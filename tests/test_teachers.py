@@ -8,6 +8,7 @@ import json
 import pickle
 import subprocess
 import sys
+import threading
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ import pytest
 import safetensors.torch
 import scipy.stats
 import torch
-from conftest import TOY_CLASSES, ToyNet
+from conftest import TOY_CLASSES, ToyNet, draw_toy_colours, stopping_again_and_again
+from PIL import Image
 
 from stillroom import teachers as teachers_module
 from stillroom.compute import Plan
-from stillroom.data import MemoryImages, RealData
+from stillroom.data import DataConfig, LazyImages, MemoryImages, RealData, load_real
 from stillroom.errors import StillroomError, TimeLimitReached
 from stillroom.files import cache_root
 from stillroom.run import Run
@@ -189,6 +191,34 @@ def test_an_interrupted_training_goes_on_from_the_cache_in_another_run(
     (resumed,) = load_teachers(toy, QUICK, plan, Run())
     assert resumed.facts() == whole.facts()
     assert not checkpoint.exists()
+
+
+def test_images_that_are_decoded_by_the_batch_are_drawn_ahead_and_make_the_same_teacher_however_often_it_is_stopped(
+    plan: Plan, toynet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split, per_class, seed in (("train", 24, 1), ("test", 10, 2)):
+        for index, (image, label) in enumerate(zip(*draw_toy_colours(per_class, seed), strict=True)):
+            folder = tmp_path / "images" / split / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{index}.png")
+    held = load_real(DataConfig(str(tmp_path / "images")))
+    lazy = load_real(DataConfig(str(tmp_path / "images"), memory_limit_gib=0))
+    (of_held,) = load_teachers(held, replace(QUICK, cache=str(tmp_path / "held")), plan, Run())
+
+    drawn_by: set[str] = set()
+    decode = LazyImages.batch
+
+    def batch(images: LazyImages, indices: torch.Tensor) -> torch.Tensor:
+        drawn_by.add(threading.current_thread().name)
+        return decode(images, indices)
+
+    monkeypatch.setattr(LazyImages, "batch", batch)
+    config = replace(QUICK, cache=str(tmp_path / "lazy"))
+    assert not cache_entry("toynet", lazy, config, plan).exists()
+    (of_lazy,), stops = stopping_again_and_again(tmp_path / "run", lambda run: load_teachers(lazy, config, plan, run))
+    assert stops >= 2
+    assert any(name.startswith("draws") for name in drawn_by)
+    assert of_lazy.facts() == of_held.facts()
 
 
 def test_a_teacher_near_chance_stops_the_run_and_names_three_things_to_check(
