@@ -27,8 +27,8 @@ from typing import Any, TypeVar
 from stillroom import __version__
 from stillroom.compute import ComputeConfig
 from stillroom.errors import StillroomError, TimeLimitReached
-from stillroom.files import read_json, read_sealed, remove_if_there, write_atomic
-from stillroom.run import Run, open_bars
+from stillroom.files import read_json, read_sealed, refuse_links, remove_if_there, write_atomic
+from stillroom.run import FOLDERS, Run, open_bars
 from stillroom.workers import LOOK_SECONDS, try_byte
 
 RETRIES = 3  # of a worker that died; its units are lost by no means, others take them
@@ -67,6 +67,7 @@ def spread(
     where the time limit is near or a signal came: all workers have saved their work then.
     """
     directory = directory.resolve()
+    refuse_links(directory / name for name in FOLDERS)
     stored = read_sealed(directory / "config.json", ("plan",))["plan"] if (directory / "config.json").exists() else {}
     with _connected(address, workers) as ray, Run(time_limit=time_limit) as run, run.stop_on_signals():
         nodes = [node for node in ray.nodes() if node["Alive"]]

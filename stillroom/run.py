@@ -33,7 +33,16 @@ from torch import Tensor
 
 from stillroom.errors import DamagedFileError, StillroomError, TimeLimitReached
 from stillroom.events import event_files, read_lines, seconds_within
-from stillroom.files import break_seal, load_tensors, read_sealed, save_tensors, seal, write_json
+from stillroom.files import (
+    break_seal,
+    load_tensors,
+    open_unlinked,
+    read_sealed,
+    refuse_links,
+    save_tensors,
+    seal,
+    write_json,
+)
 from stillroom.workers import LOOK_SECONDS, Worker
 
 if TYPE_CHECKING:
@@ -42,6 +51,7 @@ if TYPE_CHECKING:
 CHECKPOINT_SECONDS = 60.0
 ASKING_SECONDS = 0.1  # longer than anybody holds the lock of a run to ask whether it is held
 UNIT_SUFFIXES = (".json", ".safetensors")
+FOLDERS = ("units", "checkpoints", "workers", "sets", "distilled", "tensorboard", "wandb")  # that a run may write to
 # Of settings whose difference does not say what made it
 HINTS = {"data_fingerprint": " (other images, or their labels or classes are others)"}
 
@@ -105,6 +115,7 @@ class Run:
 
     def _open(self, directory: Path, worker: str | None, stop_file: Path | None) -> None:
         self._created = not directory.exists() and worker is None
+        refuse_links([directory / name for name in FOLDERS] + ([] if self.parent is None else [directory]))
         try:
             for part in ("units", "checkpoints"):
                 (directory / part).mkdir(parents=True, exist_ok=True)
@@ -112,7 +123,11 @@ class Run:
             self.worker = None if worker is None else Worker(directory, worker, stop_file)
             self._events = directory / "events.jsonl" if self.worker is None else self.worker.events
             _end_last_line(self._events)
+        except StillroomError:
+            self.close()
+            raise
         except OSError as error:
+            self.close()
             raise StillroomError(
                 f"run directory {str(directory)!r} cannot be written ({error.strerror}); give another with --out"
             ) from error
@@ -375,7 +390,7 @@ class Run:
         if self.directory is None:
             return
         told = {"time": round(time.time(), 3), "event": kind, **fields}
-        with open(self._events, "a") as events:
+        with open(self._events, "a", opener=open_unlinked) as events:
             events.write(json.dumps(told, allow_nan=True) + "\n")
         if self.sink is not None:
             self.sink(told if self.parent is None else told | {"within": self.directory.name})
@@ -529,7 +544,7 @@ def finished_units(directory: Path) -> list[str]:
 
 def _lock(directory: Path, shared: bool) -> Any:
     """Hold a lock on the directory, alone or with other workers; it ends with the process, however that ends."""
-    lock = open(directory / ".lock", "a+")  # noqa: SIM115 - kept open for the life of the run
+    lock = open(directory / ".lock", "a+", opener=open_unlinked)  # noqa: SIM115 - kept open for the life of the run
     try:
         import fcntl
     except ImportError:  # Windows: two commands on one directory are not detected there
@@ -581,7 +596,7 @@ def is_held(directory: Path) -> bool:
     if not path.exists():
         return False
     # Some network file systems keep a writer's lock for files alone that are open for writing.
-    with open(path, "r+b" if os.access(path, os.W_OK) else "rb") as lock:
+    with open(path, "r+b" if os.access(path, os.W_OK) else "rb", opener=open_unlinked) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -593,9 +608,14 @@ def is_held(directory: Path) -> bool:
 
 def _end_last_line(events: Path) -> None:
     """Keep a line that a killed process left half written from swallowing the next one."""
-    if events.exists() and not events.read_bytes().endswith(b"\n"):
-        with open(events, "a") as file:
-            file.write("\n")
+    if events.exists():
+        with open(events, "a+b", opener=open_unlinked) as file:
+            last = b"\n"
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                last = file.read()
+            if last != b"\n":
+                file.write(b"\n")
 
 
 def _differences(stored: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -36,6 +36,7 @@ from stillroom.files import (
     hash_tensors,
     load_tensors,
     load_torch,
+    open_unlinked,
     read_sealed,
     save_tensors,
     seal,
@@ -493,7 +494,7 @@ def _try_lock(entry: Path) -> contextlib.AbstractContextManager[Any] | None:
     while True:
         try:
             entry.mkdir(parents=True, exist_ok=True)
-            lock = open(entry / ".lock", "a")  # noqa: SIM115 - kept open for as long as it is held
+            lock = open(entry / ".lock", "a", opener=open_unlinked)  # noqa: SIM115 - kept open for as long as it is held
         except OSError as error:
             if isinstance(error, FileNotFoundError) and entry.parent.is_dir():
                 continue  # deleted in between

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stillroom.errors import StillroomError
-from stillroom.files import remove_if_there, sha256_bytes, write_json
+from stillroom.files import open_unlinked, remove_if_there, sha256_bytes, write_json
 
 LOOK_SECONDS = 1.0  # between two looks at what others have finished, and at the word to stop
 REPORT_SECONDS = 2.0  # between two reports of one worker
@@ -42,7 +42,7 @@ class Worker:
         self.name, self.stop_file = name, stop_file
         self.folder = directory / "workers"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._claims = os.open(self.folder / "claims", os.O_RDWR | os.O_CREAT, 0o666)
+        self._claims = open_unlinked(self.folder / "claims", os.O_RDWR | os.O_CREAT)
         self._asked, self._reason = -LOOK_SECONDS, ""
         self._label, self._reported = "", -REPORT_SECONDS
 

@@ -262,6 +262,57 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         Run(tmp_path / "file" / "below")
 
 
+@pytest.mark.parametrize("name", [".lock", "events.jsonl", "workers/claims", "workers/me.jsonl", "workers/new.jsonl"])
+def test_a_link_in_the_place_of_a_file_that_is_written_in_place_is_refused_and_what_it_leads_to_stays(
+    tmp_path: Path, name: str
+) -> None:
+    mine, run = tmp_path / "mine", tmp_path / "run"
+    if "new" not in name:
+        mine.write_text("years of work")
+    (run / name).parent.mkdir(parents=True)
+    (run / name).symlink_to(mine)
+    worker = Path(name).stem if "workers" in name else None
+    with pytest.raises(StillroomError, match=f"{name} is a symbolic link.*delete it"):
+        with Run(run, worker="me" if worker == "claims" else worker) as opened:
+            opened.event("opened")
+    assert not mine.exists() if "new" in name else mine.read_text() == "years of work"
+
+
+def test_who_asks_whether_a_run_is_held_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(StillroomError, match="is a symbolic link"):
+        run_module.is_held(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["units", "checkpoints", "workers", "sets", "distilled"])
+def test_a_link_in_the_place_of_a_folder_of_a_run_is_refused_but_a_run_may_be_linked_itself(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with Run(tmp_path / "link") as run:
+        run.finish_unit("one", {})
+    path = tmp_path / "run" / name
+    if path.exists():
+        path.rename(tmp_path / "away")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StillroomError, match=f"{name} is a symbolic link"):
+        Run(tmp_path / "run")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_set_of_a_comparison_may_not_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    with Run(tmp_path / "run") as run:
+        (tmp_path / "run" / "sets").mkdir()
+        (tmp_path / "run" / "sets" / "one").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(StillroomError, match="one is a symbolic link"):
+            Run(tmp_path / "run" / "sets" / "one", parent=run)
+
+
 def test_a_damaged_configuration_is_refused_and_not_computed_by(tmp_path: Path) -> None:
     plan = {"seed_scheme": 1, "device": "cpu", "compile": "off", "chunk": 3} | dict.fromkeys(
         ("processor", "torch_version")
