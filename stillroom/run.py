@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 CHECKPOINT_SECONDS = 60.0
+PATIENCE_SECONDS = 10.0  # before a worker says that it waits for another one's moment
 ASKING_SECONDS = 0.1  # longer than anybody holds the lock of a run to ask whether it is held
 UNIT_SUFFIXES = (".json", ".safetensors")
 FOLDERS = ("units", "checkpoints", "workers", "sets", "distilled", "tensorboard", "wandb")  # that a run may write to
@@ -170,7 +171,7 @@ class Run:
         """
         if self.directory is None:
             return plan
-        with self._alone("config.json"):
+        with self.alone("config.json"):
             return self._bind_config(self.directory, settings, plan, may_be_new)
 
     def _bind_config(
@@ -311,23 +312,35 @@ class Run:
         return made if made is not None and task.fits(made[0]) else None
 
     def finished(self, name: str) -> Made | None:
-        """Return result and tensors of the unit where it is finished; one whose file is damaged is put aside, to be
+        """Return result and tensors of the unit where it is finished; None where its file is damaged, too: it is to be
         made anew."""
         try:
             return self.load_unit(name) if self.unit_done(name) else None
+        except DamagedFileError:
+            return None
+        except StillroomError as error:
+            if isinstance(error.__cause__, FileNotFoundError):  # put aside by another worker since it was looked for
+                return None
+            raise
+
+    def _make(self, task: Task) -> Made:
+        """Make a unit that is nobody else's meanwhile; what is there in its place is damaged, or does not fit."""
+        self._put_aside_damaged(task.name)
+        result, tensors = task.make()
+        self.finish_unit(task.name, result, tensors)
+        self.shared.made += 1
+        return result, tensors or {}
+
+    def _put_aside_damaged(self, name: str) -> None:
+        try:
+            if self.unit_done(name):
+                self.load_unit(name)
         except DamagedFileError:
             for path in (self._unit(name, suffix) for suffix in UNIT_SUFFIXES):
                 with contextlib.suppress(FileNotFoundError):
                     kept = path.rename(path.with_name(f"{path.name}.damaged"))
                     self.notice(f"{path} was damaged or edited after it was written; it is kept as {kept.name!r}, and "
                                 "made anew")  # fmt: skip
-            return None
-
-    def _make(self, task: Task) -> Made:
-        result, tensors = task.make()
-        self.finish_unit(task.name, result, tensors)
-        self.shared.made += 1
-        return result, tensors or {}
 
     def _wait_for_others(self) -> None:
         """Wait a moment, or raise InOtherHands where there may be something else to do."""
@@ -338,8 +351,23 @@ class Run:
             reporter.report("waiting for other workers", 0, 0)
         time.sleep(LOOK_SECONDS)
 
-    def _alone(self, what: str) -> AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self.worker is None else self.worker.alone(what)
+    @contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        """Keep the other workers out of a moment's work, waiting for one that is at it unless the run is to stop."""
+        if self.worker is None:
+            yield
+            return
+        begun, told = time.monotonic(), False
+        while not self.worker.claim(what):
+            if not told and time.monotonic() - begun >= PATIENCE_SECONDS:  # suspended perhaps, or cut off
+                self.notice(f"waiting for another worker that is at {what}")
+                told = True
+            self.check_time()
+            time.sleep(LOOK_SECONDS / 10)
+        try:
+            yield
+        finally:
+            self.worker.release(what)
 
     @property
     def _reporter(self) -> Worker | None:
@@ -363,13 +391,14 @@ class Run:
 
         Raises StillroomError that names the file where it is not as it was written.
         """
-        self.checkpoint(name).remove()  # left by a process that was killed just after finishing the unit
         path = self._unit(name, ".safetensors")
         if path.exists():
             tensors, result = load_tensors(path)
-            return break_seal(result, tensors, path), tensors
-        path = self._unit(name, ".json")
-        return read_sealed(path), {}
+            result = break_seal(result, tensors, path)
+        else:
+            tensors, result = {}, read_sealed(self._unit(name, ".json"))
+        self.checkpoint(name).remove()  # left by a process that was killed just after finishing the unit
+        return result, tensors
 
     def checkpoint(self, name: str, made_by: str = "") -> Checkpoint:
         """Return the place where the unfinished unit's state is kept.

@@ -15,8 +15,6 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from stillroom.errors import StillroomError
@@ -59,16 +57,6 @@ class Worker:
         import fcntl
 
         fcntl.lockf(self._claims, fcntl.LOCK_UN, 1, _byte_of(unit))
-
-    @contextmanager
-    def alone(self, what: str) -> Iterator[None]:
-        """Keep the other workers out of a moment's work, waiting for one that is at it."""
-        while not self.claim(what):
-            time.sleep(LOOK_SECONDS / 10)
-        try:
-            yield
-        finally:
-            self.release(what)
 
     def asked_to_stop(self) -> str:
         """Return why all workers are to stop, "" where they are not. Looks at most once a second: steps are short."""

@@ -272,9 +272,9 @@ def test_a_link_in_the_place_of_a_file_that_is_written_in_place_is_refused_and_w
     (run / name).parent.mkdir(parents=True)
     (run / name).symlink_to(mine)
     worker = Path(name).stem if "workers" in name else None
-    with pytest.raises(StillroomError, match=f"{name} is a symbolic link.*delete it"):
-        with Run(run, worker="me" if worker == "claims" else worker) as opened:
-            opened.event("opened")
+    refused = pytest.raises(StillroomError, match=f"{name} is a symbolic link.*delete it")
+    with refused, Run(run, worker="me" if worker == "claims" else worker) as opened:
+        opened.event("opened")
     assert not mine.exists() if "new" in name else mine.read_text() == "years of work"
 
 
@@ -360,6 +360,33 @@ def test_a_damaged_unit_is_put_aside_and_made_anew(tmp_path: Path, capsys: pytes
         f"{name}{end}" for name in ("small.json", "large.safetensors") for end in ("", ".damaged")
     }
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tensors", [None, {"x": torch.arange(3)}])
+def test_a_unit_that_is_gone_when_it_is_read_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: dict[str, torch.Tensor] | None
+) -> None:
+    with Run(tmp_path) as run:
+        run.finish_unit("unit", {}, tensors)
+        exists = Path.exists
+
+        def exists_until_it_was_asked(path: Path) -> bool:
+            there = exists(path)
+            if path.parent.name == "units":
+                path.unlink(missing_ok=True)
+            return there
+
+        monkeypatch.setattr(Path, "exists", exists_until_it_was_asked)
+        assert run.finished("unit") is None
+
+
+def test_a_damaged_unit_keeps_the_checkpoint_that_it_may_be_made_anew_from(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        run.finish_unit("unit", {"loss": 0.5})
+        (tmp_path / "units" / "unit.json").write_text("{")
+        run.checkpoint("unit").save({}, {"step": 3})  # of another worker, which makes it anew
+        assert run.finished("unit") is None
+        assert run.checkpoint("unit").load() == ({}, {"step": 3})
 
 
 def test_units_without_their_configuration_are_of_no_settings_and_refused(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@
 
 For each format small valid files are mutated (bytes flipped, cut, repeated, numbers made huge, parts of two spliced) or
 replaced by noise, and files made to do harm come beside them: code in pickles and YAML, declared sizes without end,
-decompression bombs, names and links that lead out of the folder. A reader may return, or raise StillroomError; children have
-1 GiB of memory more than they begin with, and 60 seconds. No code may run, no file may appear, and none outside change.
+decompression bombs, names and links that lead out of the folder. A reader may return, or raise StillroomError;
+children have 1 GiB of memory more than they begin with, and 60 seconds. No code may run, no file may appear, and none
+outside change.
 """
 
 from __future__ import annotations
