@@ -7,7 +7,7 @@ import io
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,51 @@ def test_variants_whose_naturals_differ_share_neither_labels_nor_students(toy_re
     recipe = replace(toy_recipe, labels=("static",), seeds=(0,))
     trainings = run_grid(recipe, tmp_path / "run", methods=("infer", f"infer:naturals={tmp_path}"))["trainings"]
     assert len([name for name, t in trainings.items() if t["set"] == "naturals" and "-static-6-" in name]) == 2
+
+
+def test_a_worker_that_is_behind_leaves_the_rows_of_one_that_is_ahead_in_the_table(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(toy_recipe, labels=("hard", "static"), seeds=(0,))
+    grid = Grid(methods=("random", "sre2l"))
+    whole = run_grid(recipe, tmp_path / "run", **asdict(grid))
+    table = tmp_path / "run" / "comparison.json"
+    ahead = table.read_bytes()
+    table.unlink()
+    compare_entry, write_tables = compare.compare_entry, compare.write_tables
+    written: list[dict[str, Any]] = []
+
+    def compare_entry_behind(*arguments: Any) -> Any:
+        rows = list(compare_entry(*arguments))
+        if not written:  # by one that began when there was no table, as this one did
+            table.write_bytes(ahead)
+        yield from rows
+
+    def write_and_look(*arguments: Any) -> None:
+        write_tables(*arguments)
+        written.append(json.loads(table.read_text()))
+
+    monkeypatch.setattr(compare, "compare_entry", compare_entry_behind)
+    monkeypatch.setattr(compare, "write_tables", write_and_look)
+    with Run(tmp_path / "run", worker="behind") as run:
+        compare.compare(comparison_of(recipe, grid), run, "toy")
+    assert len(written) == 4
+    for results in written:
+        assert without_times(results) == without_times(whole)
+    assert (tmp_path / "run" / "table.csv").read_text().count("\n") == 5
+
+
+def test_of_two_workers_rows_the_one_that_did_not_fail_stays() -> None:
+    good, old, bad, key = {"mean": 1.0}, {"mean": 0.0}, {"error": "no memory"}, (0, 0)
+    for kept, others, made, expected in (
+        ({}, {key: good}, {key: bad}, good),
+        ({}, {key: bad}, {key: good}, good),
+        ({}, {}, {key: bad}, bad),
+        ({key: old}, {}, {key: bad}, bad),  # what failed now did not do so before
+        ({key: old}, {key: good}, {}, good),
+        ({}, {key: bad}, {}, bad),
+    ):
+        assert compare.merge_rows(kept, others, made) == {key: expected}
 
 
 def test_a_second_time_nothing_is_computed(toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
