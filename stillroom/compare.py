@@ -47,6 +47,7 @@ from stillroom.methods import METHODS
 from stillroom.paper import PAPER
 from stillroom.pipeline import (
     Cell,
+    bind_plan,
     bound_settings,
     build_cells,
     describe_budget,
@@ -136,7 +137,7 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
         comparison, run, lambda real: entries.extend(check_grid(comparison, real)), shared_settings, tuple(METHODS)
     )
     tell_doubts(doubt_grid(entries, real), run)
-    made_by = provenance(plan)
+    made_by = provenance(plan, run)
     note_own_labels(entries, run)
     needed = any(entry.needs_teachers for entry in entries)
     teachers = load_teachers(real, comparison.teachers, plan, run) if needed else []
@@ -375,8 +376,11 @@ def make_set(entry: Entry, work: Work) -> tuple[DistilledSet, float | None]:
     recipe = replace(entry.recipe, labels=("hard",))  # others are units of the comparison
     with Run(work.run.directory / "sets" / set_name(entry), parent=work.run) as own:
         settings = bound_settings(asdict(recipe) | {"labels": (), "labelled_by": None}, work.real)
-        plan = type(work.plan)(**own.bind_config(settings, work.plan.as_dict()))
-        return _unlabelled(distill_recipe(recipe, own, work.real, work.teachers, plan)), own.seconds_spent()
+        plan = bind_plan(own, settings, work.plan)  # of before, where the set was begun by another command
+        try:
+            return _unlabelled(distill_recipe(recipe, own, work.real, work.teachers, plan)), own.seconds_spent()
+        finally:
+            work.plan.activate()
 
 
 def _unlabelled(distilled: DistilledSet) -> DistilledSet:

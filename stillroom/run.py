@@ -104,6 +104,7 @@ class Run:
         self.sink: Callable[[dict[str, Any]], None] | None = sink if parent is None else parent.sink
         self.worker: Worker | None = None
         self._others_first = False
+        self._told: set[str] = set()  # what is told once, by this run or one within it
         self.made = 0  # units that this process made, its own and those of runs within it
         self.stop_at = None if time_limit is None else time.monotonic() + time_limit - min(15.0, 0.05 * time_limit)
         self.show = show and sys.stderr.isatty()
@@ -165,9 +166,11 @@ class Run:
         may_be_new: sections that an old run may be without, and then gets.
 
         Returns the plan to work with: the stored one where there is one, so that a resumed run computes the same
-        bits. A run in which no unit is begun takes another configuration, but not from one of several workers: others
-        may be training teachers by the first. Raises StillroomError with the differing fields where the directory holds
-        work of another one, and where workers that share it are not of one kind.
+        bits. But the processor, torch's version, the card, how many processes there are, and that nothing is compiled
+        are as they are now; the user is told where they differ. A run in which no unit is begun takes another
+        configuration, but not from one of several workers: others may be training teachers by the first. Raises
+        StillroomError with the differing fields where the directory holds work of another one, and where workers that
+        share it are not of one kind.
         """
         if self.directory is None:
             return plan
@@ -226,17 +229,21 @@ class Run:
         self.event("opened")
         # Facts of this machine and this start; the kind of device is the same.
         here = ["processor", "torch_version", "device", *(["processes"] if "processes" in plan else [])]
-        if plan["compile"] == "off":  # not to be had here, or not wanted any more
+        if plan["compile"] == "off":  # not to be had here, or not wanted any more; nothing else gives way to a new wish
             here.append("compile")
-        for key in here:
-            before = stored["plan"].get(key, 1)  # plans of before there was a choice had one process
-            if before != plan[key]:
-                if self.worker is not None:  # who made a unit would be told by its bits
-                    raise StillroomError(
-                        f"this worker has {key} {plan[key]!r}, but the run was begun with {before!r}; let workers of "
-                        "that kind share it, or go on by --engine local"
-                    )
-                self.event("plan_differs", field=key, stored=before, now=plan[key])
+        before = {key: stored["plan"].get(key, 1) for key in here}  # of before there was a choice: one process
+        differing = [key for key in here if before[key] != plan[key]]
+        if differing and self.worker is not None:  # who made a unit would be told by its bits
+            key = differing[0]
+            raise StillroomError(
+                f"this worker has {key} {plan[key]!r}, but the run was begun with {before[key]!r}; let workers of "
+                "that kind share it, or go on by --engine local"
+            )
+        for key in differing:
+            self.event("plan_differs", field=key, stored=before[key], now=plan[key])
+        if differing:
+            changes = ", ".join(f"{key} {plan[key]!r} (it began with {before[key]!r})" for key in differing)
+            self.notice_once(f"the run goes on with {changes}: what is made from now on may differ in its bits")
         return stored["plan"] | {key: plan[key] for key in here}
 
     # -- units and checkpoints -------------------------------------------------------------------------------------
@@ -437,6 +444,12 @@ class Run:
         """Tell the user one thing, on standard error, and keep it in the events."""
         print(message, file=sys.stderr)
         self.event("notice", message=message)
+
+    def notice_once(self, message: str) -> None:
+        """Tell the user what runs within this one have to say, too."""
+        if message not in self.shared._told:
+            self.shared._told.add(message)
+            self.notice(message)
 
     @property
     def stopping(self) -> bool:

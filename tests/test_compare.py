@@ -40,6 +40,7 @@ from stillroom.compute import Plan
 from stillroom.data import FACTS, load_real
 from stillroom.distilled import count_bytes, load_distilled
 from stillroom.errors import StillroomError, TimeLimitReached
+from stillroom.files import read_sealed, seal, write_json
 from stillroom.grid import Grid, comparison_of
 from stillroom.labels import PoolConfig
 from stillroom.methods import METHODS, Method, select
@@ -165,6 +166,33 @@ def test_a_worker_that_is_behind_leaves_the_rows_of_one_that_is_ahead_in_the_tab
     for results in written:
         assert without_times(results) == without_times(whole)
     assert (tmp_path / "run" / "table.csv").read_text().count("\n") == 5
+
+
+def test_a_set_of_a_comparison_is_made_by_its_own_plan_and_what_differs_is_told_once(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = replace(toy_recipe, labels=("hard",), seeds=(0,))
+    run_grid(recipe, tmp_path / "run", methods=("random",), ipc=(3, 4))
+    bound: list[tuple[str, int]] = []
+    resolve, distill = pipeline.resolve_plan, pipeline.distill_recipe
+
+    def distill_and_look(*arguments: Any) -> Any:
+        bound.append((arguments[4].processor, torch.get_num_threads()))
+        return distill(*arguments)
+
+    monkeypatch.setattr(pipeline, "resolve_plan", lambda *given: replace(resolve(*given), processor="slide rule"))
+    monkeypatch.setattr(compare, "distill_recipe", distill_and_look)
+    for path in (tmp_path / "run" / "sets").glob("*/config.json"):  # begun by a command of more threads
+        stored = read_sealed(path)
+        stored["plan"]["threads"] = 2
+        write_json(path, seal(stored, {}, path))
+    capsys.readouterr()
+    run_grid(recipe, tmp_path / "run", methods=("random",), ipc=(3, 4))
+    err = capsys.readouterr().err
+    assert err.count("goes on with processor 'slide rule'") == 1
+    assert err.count("going on with the numerical plan that the run began with: threads 2 (not 1)") == 1
+    assert bound == [("slide rule", 2)] * 2
+    assert torch.get_num_threads() == 1
 
 
 def test_of_two_workers_rows_the_one_that_did_not_fail_stays() -> None:

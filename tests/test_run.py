@@ -49,7 +49,9 @@ def test_a_run_in_which_no_unit_is_begun_takes_another_configuration(tmp_path: P
         run.bind_config({"epochs": 3}, PLAN)
 
 
-def test_the_stored_plan_is_used_again_and_what_cannot_be_is_told(tmp_path: Path) -> None:
+def test_the_stored_plan_is_used_again_and_what_cannot_be_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with Run(tmp_path) as run:
         assert run.bind_config({"seeds": (0,)}, PLAN) == PLAN
     now = {**PLAN, "threads": 8, "processor": "slide rule"}
@@ -57,10 +59,28 @@ def test_the_stored_plan_is_used_again_and_what_cannot_be_is_told(tmp_path: Path
         assert run.bind_config({"seeds": (0,)}, now) == {**PLAN, "processor": "slide rule"}
     (told,) = [e for e in events(tmp_path) if e["event"] == "plan_differs"]
     assert (told["field"], told["stored"], told["now"]) == ("processor", "abacus", "slide rule")
+    said = "the run goes on with processor 'slide rule' (it began with 'abacus'): what is made from now on may differ"
+    assert capsys.readouterr().err.startswith(said)
     # Compilation that cannot be had here, or is not wanted any more, is not asked for again.
     with Run(tmp_path) as run:
         assert run.bind_config({"seeds": (0,)}, PLAN | {"compile": "off"})["compile"] == "off"
+        assert "goes on with compile 'off' (it began with 'auto')" in capsys.readouterr().err
         assert run.bind_config({"seeds": (0,)}, PLAN | {"compile": "on"})["compile"] == "auto"
+        assert not capsys.readouterr().err
+
+
+def test_what_a_run_and_those_within_it_go_on_with_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [tmp_path, tmp_path / "sets" / "one", tmp_path / "sets" / "two"]
+    for folder in folders:
+        with Run(folder) as run:
+            run.bind_config({}, PLAN)
+    with Run(folders[0]) as outer, Run(folders[1], parent=outer) as one, Run(folders[2], parent=outer) as two:
+        for run in (outer, one, two):
+            assert run.bind_config({}, PLAN | {"torch_version": "3"})["torch_version"] == "3"
+    assert capsys.readouterr().err.count("torch_version '3'") == 1
+    assert all("plan_differs" in (folder / "events.jsonl").read_text() for folder in folders)
 
 
 def test_a_directory_in_which_nothing_was_begun_goes_and_others_stay(tmp_path: Path) -> None:
