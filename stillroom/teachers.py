@@ -52,6 +52,7 @@ from stillroom.train import (
     fit,
     measure_accuracy,
 )
+from stillroom.workers import LOOK_SECONDS
 
 # A teacher must be better than guessing would be in all but this share of tries.
 GUESSING = 0.02
@@ -476,7 +477,7 @@ def _entry_lock(entry: Path, run: Run, wait: bool = True) -> Iterator[bool]:
             run.notice(f"waiting for another process that trains teacher {entry.name}")
         waited = True
         run.check_time()
-        time.sleep(1)
+        time.sleep(LOOK_SECONDS)
     with lock:
         yield True
 
