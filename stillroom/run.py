@@ -117,8 +117,8 @@ class Run:
 
     def _open(self, directory: Path, worker: str | None, stop_file: Path | None) -> None:
         self._created = not directory.exists() and worker is None
-        refuse_links([directory / name for name in FOLDERS] + ([] if self.parent is None else [directory]))
         try:
+            refuse_links([directory / name for name in FOLDERS] + ([] if self.parent is None else [directory]))
             for part in ("units", "checkpoints"):
                 (directory / part).mkdir(parents=True, exist_ok=True)
             self._lock = _lock(directory, shared=worker is not None)
