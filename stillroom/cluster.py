@@ -11,7 +11,6 @@ is taken up from its checkpoint, by itself or another. This process only watches
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import secrets
@@ -22,19 +21,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from stillroom import __version__
 from stillroom.compute import ComputeConfig
 from stillroom.errors import StillroomError, TimeLimitReached
-from stillroom.files import read_json, read_sealed, remove_if_there, write_atomic
-from stillroom.run import Run, open_bars
-from stillroom.workers import LOOK_SECONDS, try_byte
+from stillroom.events import Tail
+from stillroom.files import read_sealed, refuse_links, remove_if_there, write_atomic
+from stillroom.run import FOLDERS, Run, open_bars
+from stillroom.workers import LOOK_SECONDS, Report, read_reports, try_byte
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 RETRIES = 3  # of a worker that died; its units are lost by no means, others take them
 CONNECT_SECONDS = 5.0  # for an address to answer
 LOOK_AROUND_SECONDS = 120.0  # for all nodes to look at the folders
-GRACE_SECONDS = 20.0  # for the other workers to end, once one has seen that all is done
+GRACE_SECONDS = 20.0  # for the other workers to show some progress, once one has seen that all is done
 
 Result = TypeVar("Result")
 Work = Callable[[ComputeConfig, Run], Result]
@@ -67,6 +70,7 @@ def spread(
     where the time limit is near or a signal came: all workers have saved their work then.
     """
     directory = directory.resolve()
+    refuse_links(directory / name for name in FOLDERS)
     stored = read_sealed(directory / "config.json", ("plan",))["plan"] if (directory / "config.json").exists() else {}
     with _connected(address, workers) as ray, Run(time_limit=time_limit) as run, run.stop_on_signals():
         nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -77,12 +81,14 @@ def spread(
             begin = ray.remote(
                 num_cpus=placement.cores, num_gpus=placement.gpus, max_retries=RETRIES, max_calls=1
             )(_work)  # fmt: skip
-            names = [f"ray-{number}" for number in range(placement.workers)]
+            # Of another command at the same run they would share events and reports.
+            names = [f"ray-{token[:6]}-{number}" for number in range(placement.workers)]
             begun = {begin.remote(work, compute, directory, name, stop_file, *here): name for name in names}
             try:
                 return _watch(ray, begun, directory, stop_file, run)
             finally:
-                remove_if_there(stop_file)
+                for left in (stop_file, *(directory / "workers" / f"{name}.json" for name in names)):
+                    remove_if_there(left)
 
 
 def place(
@@ -259,23 +265,23 @@ def _watch(ray: Any, begun: dict[Any, str], directory: Path, stop_file: Path, ru
     """Wait for the workers, show what they are at, pass on the word to stop; return or raise what came of it."""
     from ray.exceptions import RayError, RayTaskError
 
-    board = Board(directory / "workers", run.show)
+    board = Board(directory, run.show)
     found: list[Any] = []
     failure: BaseException | None = None
     stopped: TimeLimitReached | None = None
-    deadline = float("inf")
-    left = dict(begun)
+    left, moved = dict(begun), time.monotonic()
     with board:
-        while left and time.monotonic() < deadline:
+        # Once one has returned all is done, and the others read it back: for as long as they are seen to.
+        while left and (not found or time.monotonic() - moved < GRACE_SECONDS):
             done, _ = ray.wait(list(left), timeout=LOOK_SECONDS)
-            board.look()
+            if board.look() or done:
+                moved = time.monotonic()
             if run.stopping and not stop_file.exists():
                 write_atomic(stop_file, run.stop_reason.encode())
             for reference in done:
                 name = left.pop(reference)
                 try:
                     found.append(ray.get(reference))
-                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)  # all is done, others read it back
                 except RayTaskError as error:
                     if isinstance(error.cause, TimeLimitReached):
                         stopped = error.cause
@@ -300,12 +306,14 @@ def _watch(ray: Any, begun: dict[Any, str], directory: Path, stop_file: Path, ru
 
 
 class Board:
-    """One display of what all workers are at, by the reports and notices that they leave in `folder`."""
+    """One display of what the workers of the run in `directory` are at, by the reports and events that they leave."""
 
-    def __init__(self, folder: Path, show: bool) -> None:
-        self.folder, self.bars = folder, open_bars() if show else None
+    def __init__(self, directory: Path, show: bool) -> None:
+        self.directory, self.bars = directory, open_bars() if show else None
         self._tasks: dict[str, Any] = {}
-        self._read = {file: file.stat().st_size for file in folder.glob("*.jsonl")}  # of earlier commands
+        self._reports: dict[str, Report] = {}
+        self._events = Tail(directory)
+        self._events.look()  # past those of earlier commands
         self._said: set[str] = set()
 
     def __enter__(self) -> Board:
@@ -317,32 +325,29 @@ class Board:
         if self.bars is not None:
             self.bars.stop()
 
-    def look(self) -> None:
-        """Show what is new. A notice that many workers give is told once."""
-        for file in sorted(self.folder.glob("*.jsonl")):
-            with open(file, "rb") as events:
-                events.seek(self._read.get(file, 0))
-                lines = events.read().rpartition(b"\n")[0]
-            self._read[file] = self._read.get(file, 0) + len(lines) + bool(lines)
-            for line in lines.splitlines():
-                event = json.loads(line) if b'"notice"' in line else {}
-                if event.get("event") == "notice" and event["message"] not in self._said:
-                    self._said.add(event["message"])
-                    print(event["message"], file=sys.stderr)
-        if self.bars is None:
-            return
-        reports = {file.stem: file for file in sorted(self.folder.glob("*.json"))}
-        for name, file in reports.items():
-            with contextlib.suppress(StillroomError):  # gone meanwhile
-                report = read_json(file)
-                if name not in self._tasks:
-                    self._tasks[name] = self.bars.add_task(name, rate="", shown="")
-                self.bars.update(
-                    self._tasks[name], description=f"{name}: {report['label']}", completed=report["done"],
-                    total=report["total"], rate=f"{report['rate']:.1f}/s", shown=report["shown"],
-                )  # fmt: skip
-        for name in self._tasks.keys() - reports.keys():
-            self.bars.remove_task(self._tasks.pop(name))
+    def look(self) -> bool:
+        """Show what is new, and return whether anything is. A notice that many workers give is told once."""
+        events, before = self._events.look(), self._reports
+        for event in events:
+            message = event.get("message") if event["event"] == "notice" else None
+            if isinstance(message, str) and message not in self._said:
+                self._said.add(message)
+                print(message, file=sys.stderr)
+        self._reports = read_reports(self.directory)
+        if self.bars is not None:
+            self._draw(self.bars)
+        return bool(events) or self._reports != before
+
+    def _draw(self, bars: Progress) -> None:
+        for name, report in self._reports.items():
+            if name not in self._tasks:
+                self._tasks[name] = bars.add_task(name, rate="", shown="")
+            bars.update(
+                self._tasks[name], description=f"{name}: {report.label}", completed=report.done,
+                total=report.total, rate=f"{report.rate:.1f}/s", shown=report.shown,
+            )  # fmt: skip
+        for name in self._tasks.keys() - self._reports.keys():
+            bars.remove_task(self._tasks.pop(name))
 
 
 def _first_line(error: BaseException) -> str:

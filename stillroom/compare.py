@@ -47,6 +47,7 @@ from stillroom.methods import METHODS
 from stillroom.paper import PAPER
 from stillroom.pipeline import (
     Cell,
+    bind_plan,
     bound_settings,
     build_cells,
     describe_budget,
@@ -77,6 +78,8 @@ FAILURES = (
     AssertionError,
 )  # fmt: skip
 
+
+Rows = dict[tuple[int, int], dict[str, Any]]  # by the numbers of the entry and of its row among the entry's
 
 ROW_KEYS = ("method", "asked", "ipc", "matched_ipc", "labels", "student")  # what a row is known by
 
@@ -134,7 +137,7 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
         comparison, run, lambda real: entries.extend(check_grid(comparison, real)), shared_settings, tuple(METHODS)
     )
     tell_doubts(doubt_grid(entries, real), run)
-    made_by = provenance(plan)
+    made_by = provenance(plan, run)
     note_own_labels(entries, run)
     needed = any(entry.needs_teachers for entry in entries)
     teachers = load_teachers(real, comparison.teachers, plan, run) if needed else []
@@ -154,10 +157,10 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
         "provenance": made_by,
         "settings": asdict(comparison),
     }
-    # By the numbers of the entry and of its row. Those of the run before stand there until they are made again.
+    # Those of the run before stand in the table until they are made again.
     before = read_table(run)
-    rows = read_rows(before, entries, work)
-    made: set[tuple[int, int]] = set()
+    kept = read_rows(before, entries, work, made_by)
+    made: Rows = {}
     units = run.made
 
     def fill(number: int) -> None:
@@ -165,16 +168,19 @@ def compare(comparison: Comparison, run: Run, name: str = "custom") -> dict[str,
         for place, row in compare_entry(entries[number], work):
             if (number, place) in made:  # of an entry that was put off, read back
                 continue
-            made.add((number, place))
-            rows[number, place] = row
-            results["rows"] = [rows[key] for key in sorted(rows)]
-            results["protocol"] = ", ".join(sorted({r["protocol"] for r in results["rows"]} - {""}))
-            note_label_gains(results["rows"])
+            made[number, place] = row
+            with run.alone("comparison.json"):
+                table = read_table(run) if run.worker is not None else {}  # as others have it by now
+                rows = merge_rows(kept, read_rows(table, entries, work, made_by, failed=True), made)
+                results["rows"] = [rows[key] for key in sorted(rows)]
+                results["protocol"] = ", ".join(sorted({r["protocol"] for r in results["rows"]} - {""}))
+                note_label_gains(results["rows"])
+                others = table.get("trainings", {}) if rows.keys() - made.keys() else {}  # of their rows
+                write_tables(results | {"trainings": others | work.done}, directory)
             run.event("row", **row)
-            write_tables(results, directory)
             if not run.show:  # where there are no bars, in a file say
-                kept = run.made == units and run.worker is None and "error" not in row
-                print(say_row(row) + (" (kept)" if kept else ""), file=sys.stderr, flush=True)
+                old = run.made == units and run.worker is None and "error" not in row
+                print(say_row(row) + (" (kept)" if old else ""), file=sys.stderr, flush=True)
             units = run.made
 
     for _ in run.in_any_order([functools.partial(fill, number) for number in range(len(entries))]):
@@ -217,20 +223,34 @@ def note_left_out(before: dict[str, Any], results: dict[str, Any], run: Run) -> 
         )
 
 
-def read_rows(before: dict[str, Any], entries: Sequence[Entry], work: Work) -> dict[tuple[int, int], dict[str, Any]]:
-    """Return the rows that the table before has of these entries, of the same seeds and not failed."""
-    stored = {"rows": [], "seeds": [], "provenance": {}} | before
-    same = ("libraries", "plan")  # of another version rows may have other keys
-    here = json.loads(json.dumps(provenance(work.plan)))
-    if stored["seeds"] != list(work.comparison.seeds) or any(stored["provenance"].get(k) != here[k] for k in same):
+def read_rows(
+    table: dict[str, Any], entries: Sequence[Entry], work: Work, made_by: dict[str, Any], failed: bool = False
+) -> Rows:
+    """Return the rows that a table has of these entries, of the same seeds, and of failed ones only where asked to.
+
+    made_by: what makes rows now; of another version they may have other keys.
+    """
+    stored = {"rows": [], "seeds": [], "provenance": {}} | table
+    here = json.loads(json.dumps({k: made_by[k] for k in ("libraries", "plan")}))
+    if stored["seeds"] != list(work.comparison.seeds) or any(stored["provenance"].get(k) != here[k] for k in here):
         return {}
-    known = {tuple(row.get(k) for k in ROW_KEYS): row for row in stored["rows"] if "error" not in row}
+    known = {tuple(row.get(k) for k in ROW_KEYS): row for row in stored["rows"] if failed or "error" not in row}
     keys = {
         (number, place): (entry.name, entry.text, entry.budget_ipc, entry.recipe.ipc, labels, student.network)
         for number, entry in enumerate(entries)
         for place, (student, labels) in enumerate(rows_of(entry, work))
     }
     return {key: known[names] for key, names in keys.items() if names in known}
+
+
+def merge_rows(kept: Rows, others: Rows, made: Rows) -> Rows:
+    """Return the rows of a table that several workers fill: none of them loses what another has written.
+
+    kept: of the run before; others: as the table is now; made: by this worker. A failed row of its own gives way to
+    another worker's that is none.
+    """
+    own = {k: row for k, row in made.items() if "error" not in row or "error" in others.get(k, row)}
+    return kept | others | own
 
 
 def rows_of(entry: Entry, work: Work) -> list[tuple[StudentConfig, LabelKind]]:
@@ -356,8 +376,11 @@ def make_set(entry: Entry, work: Work) -> tuple[DistilledSet, float | None]:
     recipe = replace(entry.recipe, labels=("hard",))  # others are units of the comparison
     with Run(work.run.directory / "sets" / set_name(entry), parent=work.run) as own:
         settings = bound_settings(asdict(recipe) | {"labels": (), "labelled_by": None}, work.real)
-        plan = type(work.plan)(**own.bind_config(settings, work.plan.as_dict()))
-        return _unlabelled(distill_recipe(recipe, own, work.real, work.teachers, plan)), own.seconds_spent()
+        plan = bind_plan(own, settings, work.plan)  # of before, where the set was begun by another command
+        try:
+            return _unlabelled(distill_recipe(recipe, own, work.real, work.teachers, plan)), own.seconds_spent()
+        finally:
+            work.plan.activate()
 
 
 def _unlabelled(distilled: DistilledSet) -> DistilledSet:

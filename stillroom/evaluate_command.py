@@ -18,7 +18,7 @@ from stillroom.errors import UsageError
 from stillroom.files import read_sealed, write_json
 from stillroom.labels import PoolConfig, attach_labels
 from stillroom.manifest import LabelKind, read_manifest
-from stillroom.pipeline import bound_settings, describe_budget, holds_labels, provenance
+from stillroom.pipeline import bind_plan, bound_settings, describe_budget, holds_labels, provenance
 from stillroom.protocols import PROTOCOLS, ProtocolName, name_protocol, protocol_student
 from stillroom.replay import with_batches_of
 from stillroom.run import Run
@@ -111,8 +111,7 @@ def _evaluate(
     kept = {k: v for k, v in asdict(command).items() if k in ("data", "student", "labels", "pool", "teachers")}
     settings = bound_settings(kept, real)
     settings["distilled"] = {role: facts.sha256 for role, facts in distilled.manifest.files.items()}
-    plan = type(plan)(**run.bind_config(settings, plan.as_dict()))
-    plan.activate()
+    plan = bind_plan(run, settings, plan)
     stored_kind = distilled.manifest.label_kind
     kind = stored_kind if command.labels == "stored" else command.labels
     asked = None if command.labels == "stored" else command.pool
@@ -140,7 +139,7 @@ def _evaluate(
             },
             "bytes": describe_budget(count_bytes(distilled)),
             "protocol": protocol,
-            "provenance": provenance(plan),
+            "provenance": provenance(plan, run),
         }
         write_json(command.out / "results.json", results)
     return real.name, real.classes, result, protocol

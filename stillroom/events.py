@@ -76,6 +76,28 @@ def parse_events(content: bytes) -> Iterator[dict[str, Any]]:
             yield event
 
 
+class Tail:
+    """The events of a run as they come: each look reads what was written since, in whole lines."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.events: list[dict[str, Any]] = []
+        self._read: dict[Path, int] = {}
+
+    def look(self) -> list[dict[str, Any]]:
+        """Return the events that are new."""
+        new: list[dict[str, Any]] = []
+        for file in event_files(self.directory):
+            with open(file, "rb") as events:
+                events.seek(self._read.get(file, 0))
+                lines, end, _ = events.read().rpartition(b"\n")
+            self._read[file] = self._read.get(file, 0) + len(lines + end)
+            new += parse_events(lines)
+        new.sort(key=lambda event: event["time"])
+        self.events += new
+        return new
+
+
 def seconds_within(events: Iterable[dict[str, Any]]) -> float:
     """Return the seconds that one file's events tell of, from each opening to the last event before the next.
 

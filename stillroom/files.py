@@ -67,6 +67,34 @@ def remove_if_there(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def open_unlinked(path: Path | str, flags: int) -> int:
+    """Open `path` itself, never what a link there leads to, and return its descriptor; an `opener` for `open`.
+
+    What is locked, appended to or cut short in place is opened so: a folder that came from elsewhere may hold links to
+    any file of the user's. Raises StillroomError for a link, where the system can tell.
+    """
+    try:
+        return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)  # and closed in children, as Python has it
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK) and Path(path).is_symlink():  # EMLINK: FreeBSD
+            raise _is_link(path) from error
+        raise
+
+
+def refuse_links(folders: Iterable[Path]) -> None:
+    """Raise StillroomError where one of `folders` is a link: it would lead what is written there to another place."""
+    for folder in folders:
+        if folder.is_symlink():
+            raise _is_link(folder)
+
+
+def _is_link(path: Path | str) -> StillroomError:
+    return StillroomError(
+        f"{path} is a symbolic link, through which files elsewhere would be written; put what it leads to in its "
+        "place, or delete it"
+    )
+
+
 def require_free_folder(folder: Path, what: str) -> None:
     """Raise StillroomError, which begins with `what`, unless `folder` is empty or not there yet."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -24,6 +24,7 @@ from stillroom.compute import Plan, resolve_plan
 from stillroom.data import FACTS, RealData, load_real
 from stillroom.distilled import DistilledSet, count_bytes, load_distilled
 from stillroom.errors import StillroomError
+from stillroom.events import read_events
 from stillroom.files import sha256_bytes, write_json
 from stillroom.images import name_some
 from stillroom.labels import PoolConfig, attach_labels, count_label_bytes
@@ -89,11 +90,21 @@ def open_stages(
     # Only now: a run directory must not be bound to settings that never worked.
     # Neither how it is computed nor how many students there are makes it another run.
     settings = (bind or bound_settings)(asdict(recipe), real)
-    bound = Plan(**run.bind_config(settings, plan.as_dict(), may_be_new))
-    if bound != plan:
-        run.notice(f"going on with the numerical plan that the run began with: {bound}")
+    return real, bind_plan(run, settings, plan, may_be_new)
+
+
+def bind_plan(run: Run, settings: dict[str, Any], plan: Plan, may_be_new: Collection[str] = ()) -> Plan:
+    """Bind the run to `settings` and return the plan to work by, activated; see Run.bind_config.
+
+    The user is told where it is not the one that the run began with, or not the one that is asked for now.
+    """
+    asked = plan.as_dict()
+    bound = Plan(**run.bind_config(settings, asked, may_be_new))
+    kept = [f"{key} {value!r} (not {asked[key]!r})" for key, value in bound.as_dict().items() if value != asked[key]]
+    if kept:
+        run.notice_once(f"going on with the numerical plan that the run began with: {', '.join(kept)}")
     bound.activate()
-    return real, bound
+    return bound
 
 
 def bound_settings(settings: dict[str, Any], real: RealData) -> dict[str, Any]:
@@ -311,7 +322,7 @@ def run_recipe(recipe: Recipe, run: Run, name: str = "custom") -> dict[str, Any]
     """Carry out `recipe` in `run` and return its results, which are also written to results.json."""
     real, plan = open_stages(recipe, run)
     tell_doubts(doubt_budget(recipe, real), run)
-    made_by = provenance(plan)  # now: the source may change while the run goes on
+    made_by = provenance(plan, run)  # now: the source may change while the run goes on
     teachers = load_teachers(real, recipe.teachers, plan, run) if recipe.needs_teachers else []
     distilled = distill_recipe(recipe, run, real, teachers, plan)
     cells = build_cells(recipe, distilled, real, teachers, plan, run)
@@ -479,8 +490,11 @@ def holds_labels(distilled: DistilledSet, labels: str, pool: PoolConfig | None) 
     return distilled.manifest.label_kind == labels and asked
 
 
-def provenance(plan: Plan) -> dict[str, Any]:
-    """Return what made a result: the command, the commit where there is one, library versions and numerical plan."""
+def provenance(plan: Plan, run: Run | None = None) -> dict[str, Any]:
+    """Return what made a result: the command, the commit where there is one, library versions and numerical plan.
+
+    Of a `run` that went on by another plan than it began with, in some start, also by which.
+    """
     program = Path(sys.argv[0]).name
     own = program in ("stillroom", "cli.py")
     return {
@@ -488,7 +502,15 @@ def provenance(plan: Plan) -> dict[str, Any]:
         "commit": source_commit(),
         "libraries": library_versions(),
         "plan": plan.as_dict(),
+        **({"plan_differed": differed} if (differed := _plan_differences(run)) else {}),
     }
+
+
+def _plan_differences(run: Run | None) -> list[dict[str, Any]]:
+    """Return the fields of the plan that some start of the run had otherwise, each with what was stored and then."""
+    events = [] if run is None or run.directory is None else read_events(run.directory)
+    found = [{k: e.get(k) for k in ("field", "stored", "now")} for e in events if e["event"] == "plan_differs"]
+    return [difference for number, difference in enumerate(found) if difference not in found[:number]]
 
 
 def source_commit() -> str | None:

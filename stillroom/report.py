@@ -550,6 +550,9 @@ def _provenance(run: Opened) -> list[Html]:
         pairs.append(("versions", ", ".join(f"{name} {version}" for name, version in made_by["libraries"].items())))
     if "plan" in made_by:
         pairs.append(("numerical plan", ", ".join(f"{name} {value}" for name, value in made_by["plan"].items())))
+    if made_by.get("plan_differed"):
+        told = [f"{each['field']} {each['now']} (begun with {each['stored']})" for each in made_by["plan_differed"]]
+        pairs.append(("plan of some starts", ", ".join(told)))
     if "seeds" in results:
         pairs.append(("seeds of students", ", ".join(map(str, results["seeds"]))))
     manifests = [manifest for _, manifest in run.sets.values()]

@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -33,15 +33,26 @@ from torch import Tensor
 
 from stillroom.errors import DamagedFileError, StillroomError, TimeLimitReached
 from stillroom.events import event_files, read_lines, seconds_within
-from stillroom.files import break_seal, load_tensors, read_sealed, save_tensors, seal, write_json
+from stillroom.files import (
+    break_seal,
+    load_tensors,
+    open_unlinked,
+    read_sealed,
+    refuse_links,
+    save_tensors,
+    seal,
+    write_json,
+)
 from stillroom.workers import LOOK_SECONDS, Worker
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 CHECKPOINT_SECONDS = 60.0
+PATIENCE_SECONDS = 10.0  # before a worker says that it waits for another one's moment
 ASKING_SECONDS = 0.1  # longer than anybody holds the lock of a run to ask whether it is held
 UNIT_SUFFIXES = (".json", ".safetensors")
+FOLDERS = ("units", "checkpoints", "workers", "sets", "distilled", "tensorboard", "wandb")  # that a run may write to
 # Of settings whose difference does not say what made it
 HINTS = {"data_fingerprint": " (other images, or their labels or classes are others)"}
 
@@ -93,6 +104,7 @@ class Run:
         self.sink: Callable[[dict[str, Any]], None] | None = sink if parent is None else parent.sink
         self.worker: Worker | None = None
         self._others_first = False
+        self._told: set[str] = set()  # what is told once, by this run or one within it
         self.made = 0  # units that this process made, its own and those of runs within it
         self.stop_at = None if time_limit is None else time.monotonic() + time_limit - min(15.0, 0.05 * time_limit)
         self.show = show and sys.stderr.isatty()
@@ -106,13 +118,18 @@ class Run:
     def _open(self, directory: Path, worker: str | None, stop_file: Path | None) -> None:
         self._created = not directory.exists() and worker is None
         try:
+            refuse_links([directory / name for name in FOLDERS] + ([] if self.parent is None else [directory]))
             for part in ("units", "checkpoints"):
                 (directory / part).mkdir(parents=True, exist_ok=True)
             self._lock = _lock(directory, shared=worker is not None)
             self.worker = None if worker is None else Worker(directory, worker, stop_file)
             self._events = directory / "events.jsonl" if self.worker is None else self.worker.events
             _end_last_line(self._events)
+        except StillroomError:
+            self.close()
+            raise
         except OSError as error:
+            self.close()
             raise StillroomError(
                 f"run directory {str(directory)!r} cannot be written ({error.strerror}); give another with --out"
             ) from error
@@ -149,13 +166,15 @@ class Run:
         may_be_new: sections that an old run may be without, and then gets.
 
         Returns the plan to work with: the stored one where there is one, so that a resumed run computes the same
-        bits. A run in which no unit is begun takes another configuration, but not from one of several workers: others
-        may be training teachers by the first. Raises StillroomError with the differing fields where the directory holds
-        work of another one, and where workers that share it are not of one kind.
+        bits. But the processor, torch's version, the card, how many processes there are, and that nothing is compiled
+        are as they are now; the user is told where they differ. A run in which no unit is begun takes another
+        configuration, but not from one of several workers: others may be training teachers by the first. Raises
+        StillroomError with the differing fields where the directory holds work of another one, and where workers that
+        share it are not of one kind.
         """
         if self.directory is None:
             return plan
-        with self._alone("config.json"):
+        with self.alone("config.json"):
             return self._bind_config(self.directory, settings, plan, may_be_new)
 
     def _bind_config(
@@ -210,17 +229,21 @@ class Run:
         self.event("opened")
         # Facts of this machine and this start; the kind of device is the same.
         here = ["processor", "torch_version", "device", *(["processes"] if "processes" in plan else [])]
-        if plan["compile"] == "off":  # not to be had here, or not wanted any more
+        if plan["compile"] == "off":  # not to be had here, or not wanted any more; nothing else gives way to a new wish
             here.append("compile")
-        for key in here:
-            before = stored["plan"].get(key, 1)  # plans of before there was a choice had one process
-            if before != plan[key]:
-                if self.worker is not None:  # who made a unit would be told by its bits
-                    raise StillroomError(
-                        f"this worker has {key} {plan[key]!r}, but the run was begun with {before!r}; let workers of "
-                        "that kind share it, or go on by --engine local"
-                    )
-                self.event("plan_differs", field=key, stored=before, now=plan[key])
+        before = {key: stored["plan"].get(key, 1) for key in here}  # of before there was a choice: one process
+        differing = [key for key in here if before[key] != plan[key]]
+        if differing and self.worker is not None:  # who made a unit would be told by its bits
+            key = differing[0]
+            raise StillroomError(
+                f"this worker has {key} {plan[key]!r}, but the run was begun with {before[key]!r}; let workers of "
+                "that kind share it, or go on by --engine local"
+            )
+        for key in differing:
+            self.event("plan_differs", field=key, stored=before[key], now=plan[key])
+        if differing:
+            changes = ", ".join(f"{key} {plan[key]!r} (it began with {before[key]!r})" for key in differing)
+            self.notice_once(f"the run goes on with {changes}: what is made from now on may differ in its bits")
         return stored["plan"] | {key: plan[key] for key in here}
 
     # -- units and checkpoints -------------------------------------------------------------------------------------
@@ -296,23 +319,35 @@ class Run:
         return made if made is not None and task.fits(made[0]) else None
 
     def finished(self, name: str) -> Made | None:
-        """Return result and tensors of the unit where it is finished; one whose file is damaged is put aside, to be
+        """Return result and tensors of the unit where it is finished; None where its file is damaged, too: it is to be
         made anew."""
         try:
             return self.load_unit(name) if self.unit_done(name) else None
+        except DamagedFileError:
+            return None
+        except StillroomError as error:
+            if isinstance(error.__cause__, FileNotFoundError):  # put aside by another worker since it was looked for
+                return None
+            raise
+
+    def _make(self, task: Task) -> Made:
+        """Make a unit that is nobody else's meanwhile; what is there in its place is damaged, or does not fit."""
+        self._put_aside_damaged(task.name)
+        result, tensors = task.make()
+        self.finish_unit(task.name, result, tensors)
+        self.shared.made += 1
+        return result, tensors or {}
+
+    def _put_aside_damaged(self, name: str) -> None:
+        try:
+            if self.unit_done(name):
+                self.load_unit(name)
         except DamagedFileError:
             for path in (self._unit(name, suffix) for suffix in UNIT_SUFFIXES):
                 with contextlib.suppress(FileNotFoundError):
                     kept = path.rename(path.with_name(f"{path.name}.damaged"))
                     self.notice(f"{path} was damaged or edited after it was written; it is kept as {kept.name!r}, and "
                                 "made anew")  # fmt: skip
-            return None
-
-    def _make(self, task: Task) -> Made:
-        result, tensors = task.make()
-        self.finish_unit(task.name, result, tensors)
-        self.shared.made += 1
-        return result, tensors or {}
 
     def _wait_for_others(self) -> None:
         """Wait a moment, or raise InOtherHands where there may be something else to do."""
@@ -323,8 +358,23 @@ class Run:
             reporter.report("waiting for other workers", 0, 0)
         time.sleep(LOOK_SECONDS)
 
-    def _alone(self, what: str) -> AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self.worker is None else self.worker.alone(what)
+    @contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        """Keep the other workers out of a moment's work, waiting for one that is at it unless the run is to stop."""
+        if self.worker is None:
+            yield
+            return
+        begun, told = time.monotonic(), False
+        while not self.worker.claim(what):
+            if not told and time.monotonic() - begun >= PATIENCE_SECONDS:  # suspended perhaps, or cut off
+                self.notice(f"waiting for another worker that is at {what}")
+                told = True
+            self.check_time()
+            time.sleep(LOOK_SECONDS / 10)
+        try:
+            yield
+        finally:
+            self.worker.release(what)
 
     @property
     def _reporter(self) -> Worker | None:
@@ -348,13 +398,14 @@ class Run:
 
         Raises StillroomError that names the file where it is not as it was written.
         """
-        self.checkpoint(name).remove()  # left by a process that was killed just after finishing the unit
         path = self._unit(name, ".safetensors")
         if path.exists():
             tensors, result = load_tensors(path)
-            return break_seal(result, tensors, path), tensors
-        path = self._unit(name, ".json")
-        return read_sealed(path), {}
+            result = break_seal(result, tensors, path)
+        else:
+            tensors, result = {}, read_sealed(self._unit(name, ".json"))
+        self.checkpoint(name).remove()  # left by a process that was killed just after finishing the unit
+        return result, tensors
 
     def checkpoint(self, name: str, made_by: str = "") -> Checkpoint:
         """Return the place where the unfinished unit's state is kept.
@@ -375,7 +426,7 @@ class Run:
         if self.directory is None:
             return
         told = {"time": round(time.time(), 3), "event": kind, **fields}
-        with open(self._events, "a") as events:
+        with open(self._events, "a", opener=open_unlinked) as events:
             events.write(json.dumps(told, allow_nan=True) + "\n")
         if self.sink is not None:
             self.sink(told if self.parent is None else told | {"within": self.directory.name})
@@ -393,6 +444,12 @@ class Run:
         """Tell the user one thing, on standard error, and keep it in the events."""
         print(message, file=sys.stderr)
         self.event("notice", message=message)
+
+    def notice_once(self, message: str) -> None:
+        """Tell the user what runs within this one have to say, too."""
+        if message not in self.shared._told:
+            self.shared._told.add(message)
+            self.notice(message)
 
     @property
     def stopping(self) -> bool:
@@ -529,7 +586,7 @@ def finished_units(directory: Path) -> list[str]:
 
 def _lock(directory: Path, shared: bool) -> Any:
     """Hold a lock on the directory, alone or with other workers; it ends with the process, however that ends."""
-    lock = open(directory / ".lock", "a+")  # noqa: SIM115 - kept open for the life of the run
+    lock = open(directory / ".lock", "a+", opener=open_unlinked)  # noqa: SIM115 - kept open for the life of the run
     try:
         import fcntl
     except ImportError:  # Windows: two commands on one directory are not detected there
@@ -581,7 +638,7 @@ def is_held(directory: Path) -> bool:
     if not path.exists():
         return False
     # Some network file systems keep a writer's lock for files alone that are open for writing.
-    with open(path, "r+b" if os.access(path, os.W_OK) else "rb") as lock:
+    with open(path, "r+b" if os.access(path, os.W_OK) else "rb", opener=open_unlinked) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -593,9 +650,14 @@ def is_held(directory: Path) -> bool:
 
 def _end_last_line(events: Path) -> None:
     """Keep a line that a killed process left half written from swallowing the next one."""
-    if events.exists() and not events.read_bytes().endswith(b"\n"):
-        with open(events, "a") as file:
-            file.write("\n")
+    if events.exists():
+        with open(events, "a+b", opener=open_unlinked) as file:
+            last = b"\n"
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                last = file.read()
+            if last != b"\n":
+                file.write(b"\n")
 
 
 def _differences(stored: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -36,6 +36,7 @@ from stillroom.files import (
     hash_tensors,
     load_tensors,
     load_torch,
+    open_unlinked,
     read_sealed,
     save_tensors,
     seal,
@@ -51,6 +52,7 @@ from stillroom.train import (
     fit,
     measure_accuracy,
 )
+from stillroom.workers import LOOK_SECONDS
 
 # A teacher must be better than guessing would be in all but this share of tries.
 GUESSING = 0.02
@@ -476,7 +478,7 @@ def _entry_lock(entry: Path, run: Run, wait: bool = True) -> Iterator[bool]:
             run.notice(f"waiting for another process that trains teacher {entry.name}")
         waited = True
         run.check_time()
-        time.sleep(1)
+        time.sleep(LOOK_SECONDS)
     with lock:
         yield True
 
@@ -494,7 +496,7 @@ def _try_lock(entry: Path) -> contextlib.AbstractContextManager[Any] | None:
     while True:
         try:
             entry.mkdir(parents=True, exist_ok=True)
-            lock = open(entry / ".lock", "a")  # noqa: SIM115 - kept open for as long as it is held
+            lock = open(entry / ".lock", "a", opener=open_unlinked)  # noqa: SIM115 - kept open for as long as it is held
         except OSError as error:
             if isinstance(error, FileNotFoundError) and entry.parent.is_dir():
                 continue  # deleted in between

@@ -6,7 +6,6 @@ under way, results so far and the last messages, until the run ends; elsewhere, 
 
 from __future__ import annotations
 
-import os
 import re
 import statistics
 import sys
@@ -23,17 +22,16 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from stillroom.errors import StillroomError, UsageError
-from stillroom.events import event_files, parse_events, require_run
-from stillroom.files import read_json, read_sealed
+from stillroom.errors import UsageError
+from stillroom.events import Tail, require_run
+from stillroom.files import read_sealed
 from stillroom.run import is_held
 from stillroom.settings import parse_words
-from stillroom.workers import name_worker
+from stillroom.workers import Report, read_reports
 
 OK = 0
 LAST = 5  # messages shown
 ROWS = 20  # results shown
-FRESH_SECONDS = 120.0  # after which the word of a worker on another machine counts as left behind
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # which a terminal would obey
 
@@ -92,28 +90,6 @@ def _follow(command: WatchCommand, tail: Tail) -> int:
         time.sleep(command.every)
 
 
-class Tail:
-    """The events of a run as they come: each look reads what was written since, in whole lines."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.events: list[dict[str, Any]] = []
-        self._read: dict[Path, int] = {}
-
-    def look(self) -> list[dict[str, Any]]:
-        """Return the events that are new."""
-        new: list[dict[str, Any]] = []
-        for file in event_files(self.directory):
-            with open(file, "rb") as events:
-                events.seek(self._read.get(file, 0))
-                lines, end, _ = events.read().rpartition(b"\n")
-            self._read[file] = self._read.get(file, 0) + len(lines + end)
-            new += parse_events(lines)
-        new.sort(key=lambda event: event["time"])
-        self.events += new
-        return new
-
-
 def read_progress(directory: Path, events: Sequence[dict[str, Any]]) -> Progress:
     """Return what the run in `directory`, of these events, is at.
 
@@ -141,7 +117,7 @@ def read_progress(directory: Path, events: Sequence[dict[str, Any]]) -> Progress
         made = {row[0] for event in events[at:] if event["event"] == "row" and (row := _spell_row(event))}
         stages.append(("rows", f"{len(made)} of {planned['rows']}"))
     finished = {event.get("unit") for event in events if event["event"] == "unit_finished"}
-    now = [f"{name}: {said}" for name, said in reports.items()]
+    now = [f"{name}: {_spell_report(report)}" for name, report in reports.items()]
     last: dict[str, Any] = next((event for event in reversed(events) if event["event"] == "epoch"), {})
     if running and not reports and str(last.get("unit")).startswith("student") and last["unit"] not in finished:
         now.append(f"{last['unit']}: epoch {last.get('epoch')}, loss {last.get('loss')}")
@@ -154,24 +130,7 @@ def read_progress(directory: Path, events: Sequence[dict[str, Any]]) -> Progress
 _LATER = ("labels", "student", "distilled", "score", "duplication", "hard")  # units that are not a set's own parts
 
 
-def read_reports(directory: Path) -> dict[str, str]:
-    """Return what each worker that shares the run says it is at, those left behind by dead ones omitted."""
-    found = {}
-    for file in sorted((directory / "workers").glob("*.json")):
-        try:
-            report = read_json(file)
-            fresh = time.time() - file.stat().st_mtime < FRESH_SECONDS
-            host, _, number = str(report["process"]).rpartition("-")
-            here = host == name_worker().rpartition("-")[0]
-            if _is_alive(number) if here else fresh:
-                total = f" {report['done']:,} of {report['total']:,}" if report["total"] else ""
-                found[file.stem] = f"{report['label']}{total} {report['shown']}".rstrip()
-        except (StillroomError, OSError, KeyError, TypeError, ValueError):  # gone, or being replaced
-            continue
-    return found
-
-
-def _state(directory: Path, events: Sequence[dict[str, Any]], reports: dict[str, str]) -> tuple[bool, str]:
+def _state(directory: Path, events: Sequence[dict[str, Any]], reports: dict[str, Report]) -> tuple[bool, str]:
     if reports or is_held(directory):
         number = (directory / ".lock").read_text(errors="replace").strip() if not reports else ""
         who = f"{len(reports)} workers" if reports else f"process {number}" if number else "another process"
@@ -188,17 +147,9 @@ def _state(directory: Path, events: Sequence[dict[str, Any]], reports: dict[str,
     return False, f"{directory}: no process of this machine is at it, and it is not finished; the same command goes on"
 
 
-def _is_alive(number: str) -> bool:
-    """Whether a process of this machine has this number; False on Windows, where asking would disturb it."""
-    if not number.isdecimal() or os.name != "posix":
-        return False
-    try:
-        os.kill(int(number), 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
+def _spell_report(report: Report) -> str:
+    total = f" {report.done:,} of {report.total:,}" if report.total else ""
+    return f"{report.label}{total} {report.shown}".rstrip()
 
 
 def _teachers(settings: dict[str, Any], events: Iterable[dict[str, Any]]) -> str:

@@ -11,24 +11,37 @@ job array, or by `cluster.py` on Ray. It must be one directory for all of them, 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stillroom.errors import StillroomError
-from stillroom.files import remove_if_there, sha256_bytes, write_json
+from stillroom.files import open_unlinked, read_json, remove_if_there, sha256_bytes, write_json
 
 LOOK_SECONDS = 1.0  # between two looks at what others have finished, and at the word to stop
 REPORT_SECONDS = 2.0  # between two reports of one worker
+FRESH_SECONDS = 120.0  # after which the word of a worker on another machine counts as left behind
 
 
 def name_worker() -> str:
     """Return a name that no other process has while this one lives: that of the machine, and the process's number."""
     return f"{socket.gethostname()}-{os.getpid()}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a worker is at: `done` of `total` steps (0: not counted), so many a second, and what else is `shown`."""
+
+    process: str  # its machine and number
+    label: str
+    done: int
+    total: int
+    rate: float
+    shown: str
 
 
 class Worker:
@@ -42,7 +55,7 @@ class Worker:
         self.name, self.stop_file = name, stop_file
         self.folder = directory / "workers"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._claims = os.open(self.folder / "claims", os.O_RDWR | os.O_CREAT, 0o666)
+        self._claims = open_unlinked(self.folder / "claims", os.O_RDWR | os.O_CREAT)
         self._asked, self._reason = -LOOK_SECONDS, ""
         self._label, self._reported = "", -REPORT_SECONDS
 
@@ -60,16 +73,6 @@ class Worker:
 
         fcntl.lockf(self._claims, fcntl.LOCK_UN, 1, _byte_of(unit))
 
-    @contextmanager
-    def alone(self, what: str) -> Iterator[None]:
-        """Keep the other workers out of a moment's work, waiting for one that is at it."""
-        while not self.claim(what):
-            time.sleep(LOOK_SECONDS / 10)
-        try:
-            yield
-        finally:
-            self.release(what)
-
     def asked_to_stop(self) -> str:
         """Return why all workers are to stop, "" where they are not. Looks at most once a second: steps are short."""
         if self.stop_file is not None and not self._reason and time.monotonic() - self._asked >= LOOK_SECONDS:
@@ -82,14 +85,43 @@ class Worker:
         """Leave word of what this worker is at, for whoever shows it; seldom enough to cost nothing."""
         if label != self._label or time.monotonic() - self._reported >= REPORT_SECONDS:
             self._label, self._reported = label, time.monotonic()
-            facts = {"process": name_worker(), "label": label, "done": done, "total": total}
-            facts |= {"rate": rate, "shown": shown}
-            write_json(self.folder / f"{self.name}.json", facts)
+            report = Report(name_worker(), label, done, total, rate, shown)
+            write_json(self.folder / f"{self.name}.json", asdict(report))
 
     def close(self) -> None:
         """Give back every claim and take the report away."""
         remove_if_there(self.folder / f"{self.name}.json")
         os.close(self._claims)
+
+
+def read_reports(directory: Path) -> dict[str, Report]:
+    """Return what each worker that shares the run says it is at, by name; those left behind by dead ones omitted."""
+    found = {}
+    for file in sorted((directory / "workers").glob("*.json")):
+        with contextlib.suppress(OSError, LookupError, TypeError, ValueError, OverflowError):  # gone, or damaged
+            said = read_json(file)
+            report = Report(
+                str(said["process"]), str(said["label"]), int(said["done"]), int(said["total"]), float(said["rate"]),
+                str(said["shown"]),
+            )  # fmt: skip
+            fresh = time.time() - file.stat().st_mtime < FRESH_SECONDS
+            host, _, number = report.process.rpartition("-")
+            if _is_alive(number) if host == name_worker().rpartition("-")[0] else fresh:
+                found[file.stem] = report
+    return found
+
+
+def _is_alive(number: str) -> bool:
+    """Whether a process of this machine has this number; False on Windows, where asking would disturb it."""
+    if not number.isdecimal() or os.name != "posix":
+        return False
+    try:
+        os.kill(int(number), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def try_byte(file: int, unit: str) -> bool:

@@ -130,7 +130,7 @@ def test_the_board_tells_each_notice_once_and_none_of_earlier_commands(
 ) -> None:
     with Run(tmp_path, worker="a") as run:
         run.event("notice", message="long ago")
-    with Board(tmp_path / "workers", show=True) as board:
+    with Board(tmp_path, show=True) as board:
         for name in "ab":
             with Run(tmp_path, worker=name) as run, run.progress("slots", 8, 3):
                 run.event("notice", message="images were left out")
@@ -145,6 +145,94 @@ def test_the_board_tells_each_notice_once_and_none_of_earlier_commands(
     assert err.count("images were left out") == 1
 
 
+def test_the_board_goes_on_though_a_line_is_half_written_and_a_report_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Run(tmp_path, worker="a") as run:
+        run.event("opened")
+        with Board(tmp_path, show=True) as board:
+            assert not board.look()
+            (tmp_path / "workers" / "b.json").write_text('{"process": 3, "label": "slots", "done": 1e999}')
+            with open(tmp_path / "workers" / "a.jsonl", "a") as events:
+                events.write('{"event": "notice", "mess\n[7]\n{"time": 1, "event": "notice"}\n{"time": 2, "eve')
+                events.flush()
+                assert board.look()
+                events.write('nt": "notice", "message": "whole now"}\n')
+            assert board.look()
+            assert not board.look()
+    assert capsys.readouterr().err.count("whole now") == 1
+
+
+class FewWorkers:
+    """What `_watch` asks of Ray: workers that return at their look of it, and what is cancelled."""
+
+    def __init__(self, ends: dict[str, int], each_look: Any = lambda look: None) -> None:
+        self.ends, self.each_look, self.looks, self.cancelled = ends, each_look, 0, list[str]()
+
+    def wait(self, references: list[str], timeout: float) -> tuple[list[str], list[str]]:
+        self.looks += 1
+        self.each_look(self.looks)
+        return [name for name in references if self.ends[name] <= self.looks], []
+
+    def get(self, name: str) -> str:
+        return name
+
+    def cancel(self, name: str, force: bool) -> None:
+        self.cancelled.append(name)
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_the_others_may_end_for_as_long_as_they_are_seen_to_move(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: bool
+) -> None:
+    pytest.importorskip("ray")
+    clock = [0.0]
+    monkeypatch.setattr(cluster.time, "monotonic", lambda: clock[0])
+    with Run(tmp_path, worker="slow") as worker, Run(show=False) as run:
+
+        def each_look(look: int) -> None:
+            clock[0] += cluster.GRACE_SECONDS / 2
+            if moves:
+                worker.event("row")
+
+        few = FewWorkers({"fast": 1, "slow": 9}, each_look)
+        found = cluster._watch(few, {"fast": "fast", "slow": "slow"}, tmp_path, tmp_path / "stop", run)
+    assert found == "fast"
+    assert few.cancelled == ([] if moves else ["slow"])
+    assert few.looks == (9 if moves else 3)
+
+
+def test_workers_of_two_commands_at_one_run_have_names_of_their_own_and_leave_no_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named: list[str] = []
+
+    class Begin:
+        @staticmethod
+        def remote(work: Any, compute: Any, directory: Path, name: str, *rest: Any) -> str:
+            (directory / "workers").mkdir(parents=True, exist_ok=True)
+            (directory / "workers" / f"{name}.json").write_text("{}")
+            named.append(name)
+            return name
+
+    class Ray:
+        @staticmethod
+        def nodes() -> list[dict[str, Any]]:
+            return [{"Alive": True, "Resources": CPUS}]
+
+        @staticmethod
+        def remote(**options: Any) -> Any:
+            return lambda function: Begin
+
+    for token in ("0123456789", "9876543210"):
+        monkeypatch.setattr(cluster, "_connected", lambda *_: contextlib.nullcontext(Ray))
+        monkeypatch.setattr(cluster, "_shared_by_all", lambda *_, token=token: contextlib.nullcontext(token))
+        monkeypatch.setattr(cluster, "_watch", lambda ray, begun, *_: begun)
+        run_on_ray(tmp_path / "run", workers=2)
+    assert named == ["ray-012345-0", "ray-012345-1", "ray-987654-0", "ray-987654-1"]
+    assert not list((tmp_path / "run" / "workers").iterdir())
+
+
 # -- with Ray itself -------------------------------------------------------------------------------------------------
 
 WORDS = shlex.split(
@@ -157,12 +245,20 @@ WORDS = shlex.split(
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[str]:
-    """A cluster of two workers: that of RAY_ADDRESS, or one begun here; where none starts, its tests are skipped."""
-    ray = pytest.importorskip("ray", reason="needs Ray: pip install 'stillroom[ray]'")
+    """A cluster of two workers: that of RAY_ADDRESS, or one begun here; where none starts, its tests are skipped.
+
+    But not where CI is set: a machine of which nobody reads what it skipped would prove nothing.
+    """
+    if os.environ.get("CI"):
+        import ray
+    else:
+        ray = pytest.importorskip("ray", reason="needs Ray: pip install 'stillroom[ray]'")
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(cluster._connected(None, 2))
         except StillroomError as error:  # its daemons have 15 seconds, which a busy machine may not give them
+            if os.environ.get("CI"):
+                raise
             pytest.skip(f"Ray does not start on this machine now: {error}")
         yield ray.get_runtime_context().gcs_address
 
@@ -195,7 +291,7 @@ def test_two_workers_on_ray_make_what_one_process_makes_though_one_is_killed(
     write_toy_npz(tmp_path / "toy.npz")
     with begin_on_ray(tmp_path, ray_cluster) as driver:
         wait_for(tmp_path / "run" / "units", "compensators-*")
-        report = json.loads(wait_for(tmp_path / "run" / "workers", "ray-?.json")[0].read_text())
+        report = json.loads(wait_for(tmp_path / "run" / "workers", "ray-*.json")[0].read_text())
         os.kill(int(report["process"].rpartition("-")[2]), signal.SIGKILL)
         out, err = driver.communicate(timeout=600)
     assert driver.returncode == 0, err
@@ -231,7 +327,7 @@ def test_a_signal_stops_all_workers_and_the_same_command_goes_on(
 ) -> None:
     write_toy_npz(tmp_path / "toy.npz")
     with begin_on_ray(tmp_path, ray_cluster) as driver:
-        wait_for(tmp_path / "run" / "workers", "ray-?.json")  # all of the work still lies before them
+        wait_for(tmp_path / "run" / "workers", "ray-*.json")  # all of the work still lies before them
         driver.send_signal(signal.SIGTERM)
         _, err = driver.communicate(timeout=600)
     assert driver.returncode == cli.STOPPED, err

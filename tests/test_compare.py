@@ -7,7 +7,7 @@ import io
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from stillroom.costs import Cost
 from stillroom.data import FACTS, load_real
 from stillroom.distilled import count_bytes, load_distilled
 from stillroom.errors import StillroomError, TimeLimitReached
+from stillroom.files import read_sealed, seal, write_json
 from stillroom.grid import Grid, comparison_of
 from stillroom.labels import PoolConfig
 from stillroom.methods import METHODS, Method, select
@@ -134,6 +135,78 @@ def test_variants_whose_naturals_differ_share_neither_labels_nor_students(toy_re
     recipe = replace(toy_recipe, labels=("static",), seeds=(0,))
     trainings = run_grid(recipe, tmp_path / "run", methods=("infer", f"infer:naturals={tmp_path}"))["trainings"]
     assert len([name for name, t in trainings.items() if t["set"] == "naturals" and "-static-6-" in name]) == 2
+
+
+def test_a_worker_that_is_behind_leaves_the_rows_of_one_that_is_ahead_in_the_table(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(toy_recipe, labels=("hard", "static"), seeds=(0,))
+    grid = Grid(methods=("random", "sre2l"))
+    whole = run_grid(recipe, tmp_path / "run", **asdict(grid))
+    table = tmp_path / "run" / "comparison.json"
+    ahead = table.read_bytes()
+    table.unlink()
+    compare_entry, write_tables = compare.compare_entry, compare.write_tables
+    written: list[dict[str, Any]] = []
+
+    def compare_entry_behind(*arguments: Any) -> Any:
+        rows = list(compare_entry(*arguments))
+        if not written:  # by one that began when there was no table, as this one did
+            table.write_bytes(ahead)
+        yield from rows
+
+    def write_and_look(*arguments: Any) -> None:
+        write_tables(*arguments)
+        written.append(json.loads(table.read_text()))
+
+    monkeypatch.setattr(compare, "compare_entry", compare_entry_behind)
+    monkeypatch.setattr(compare, "write_tables", write_and_look)
+    with Run(tmp_path / "run", worker="behind") as run:
+        compare.compare(comparison_of(recipe, grid), run, "toy")
+    assert len(written) == 4
+    for results in written:
+        assert without_times(results) == without_times(whole)
+    assert (tmp_path / "run" / "table.csv").read_text().count("\n") == 5
+
+
+def test_a_set_of_a_comparison_is_made_by_its_own_plan_and_what_differs_is_told_once(
+    toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = replace(toy_recipe, labels=("hard",), seeds=(0,))
+    run_grid(recipe, tmp_path / "run", methods=("random",), ipc=(3, 4))
+    bound: list[tuple[str, int]] = []
+    resolve, distill = pipeline.resolve_plan, pipeline.distill_recipe
+
+    def distill_and_look(*arguments: Any) -> Any:
+        bound.append((arguments[4].processor, torch.get_num_threads()))
+        return distill(*arguments)
+
+    monkeypatch.setattr(pipeline, "resolve_plan", lambda *given: replace(resolve(*given), processor="slide rule"))
+    monkeypatch.setattr(compare, "distill_recipe", distill_and_look)
+    for path in (tmp_path / "run" / "sets").glob("*/config.json"):  # begun by a command of more threads
+        stored = read_sealed(path)
+        stored["plan"]["threads"] = 2
+        write_json(path, seal(stored, {}, path))
+    capsys.readouterr()
+    run_grid(recipe, tmp_path / "run", methods=("random",), ipc=(3, 4))
+    err = capsys.readouterr().err
+    assert err.count("goes on with processor 'slide rule'") == 1
+    assert err.count("going on with the numerical plan that the run began with: threads 2 (not 1)") == 1
+    assert bound == [("slide rule", 2)] * 2
+    assert torch.get_num_threads() == 1
+
+
+def test_of_two_workers_rows_the_one_that_did_not_fail_stays() -> None:
+    good, old, bad, key = {"mean": 1.0}, {"mean": 0.0}, {"error": "no memory"}, (0, 0)
+    for kept, others, made, expected in (
+        ({}, {key: good}, {key: bad}, good),
+        ({}, {key: bad}, {key: good}, good),
+        ({}, {}, {key: bad}, bad),
+        ({key: old}, {}, {key: bad}, bad),  # what failed now did not do so before
+        ({key: old}, {key: good}, {}, good),
+        ({}, {key: bad}, {}, bad),
+    ):
+        assert compare.merge_rows(kept, others, made) == {key: expected}
 
 
 def test_a_second_time_nothing_is_computed(toy_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import Finished, build_toy_recipe, build_toy_teacher, draw_toy_colours, write_toy_npz
 
-from stillroom import files, pipeline, students, teachers
+from stillroom import cli, evaluate_command, files, pipeline, students, teachers
 from stillroom import run as run_module
 from stillroom.compare import compare
 from stillroom.compute import Plan, resolve_plan
@@ -465,6 +465,51 @@ def test_at_the_rarest_class_s_budget_every_class_of_a_long_tailed_set_has_as_ma
         run_recipe(replace(few, data=data, method=method), run)
     counts = load_distilled(tmp_path / "run" / "distilled").labels.bincount()
     assert counts.tolist() == [3 if method == "infer" else 4] * 4
+
+
+def on_another_machine(monkeypatch: pytest.MonkeyPatch, module: Any, **changes: Any) -> None:
+    """Plans of `module` are from now on those of a machine that differs in so much."""
+    resolve = module.resolve_plan
+    monkeypatch.setattr(module, "resolve_plan", lambda *given: replace(resolve(*given), **changes))
+
+
+def test_a_run_that_goes_on_by_another_plan_says_so_once_and_its_results_too(
+    finished: Finished,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own_cache: Path,
+    capsys: pytest.CaptureFixture[str],
+    toynet: str,
+) -> None:
+    shutil.copytree(finished.directory, tmp_path / "run")
+    with monkeypatch.context() as elsewhere:
+        on_another_machine(elsewhere, pipeline, torch_version="9", threads=7)
+        with Run(tmp_path / "run") as run:
+            pipeline.open_stages(finished.recipe, run)
+    err = capsys.readouterr().err
+    assert err.count("the run goes on with torch_version '9' (it began with") == 1
+    assert err.count("going on with the numerical plan that the run began with: threads 1 (not 7)\n") == 1
+    with Run(tmp_path / "run") as run:
+        _, plan = pipeline.open_stages(finished.recipe, run)
+        assert not capsys.readouterr().err
+        [differed] = pipeline.provenance(plan, run)["plan_differed"]  # what was made in between is among the results
+    assert differed == {"field": "torch_version", "stored": torch.__version__, "now": "9"}
+    assert "plan_differed" not in pipeline.provenance(plan)
+
+
+def test_students_of_a_set_that_go_on_by_another_plan_say_so(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], toynet: str
+) -> None:
+    words = ["evaluate", str(finished.directory), "--data.source", finished.recipe.data.source, "--labels", "hard",
+             "--seeds", "0", "--compute.device", "cpu", "--out", str(tmp_path / "students")]  # fmt: skip
+    for threads in ("1", "2"):
+        assert cli.main([*words, "--compute.threads", threads]) == 0
+        on_another_machine(monkeypatch, evaluate_command, processor="slide rule")
+    err = capsys.readouterr().err
+    assert err.count("the run goes on with processor 'slide rule' (it began with") == 1
+    assert err.count("going on with the numerical plan that the run began with: threads 1 (not 2)\n") == 1
+    results = json.loads((tmp_path / "students" / "results.json").read_text())
+    assert [d["field"] for d in results["provenance"]["plan_differed"]] == ["processor"]
 
 
 def test_a_budget_that_may_not_be_worth_it_is_doubted_when_the_run_begins_and_in_its_plan(

@@ -49,7 +49,9 @@ def test_a_run_in_which_no_unit_is_begun_takes_another_configuration(tmp_path: P
         run.bind_config({"epochs": 3}, PLAN)
 
 
-def test_the_stored_plan_is_used_again_and_what_cannot_be_is_told(tmp_path: Path) -> None:
+def test_the_stored_plan_is_used_again_and_what_cannot_be_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with Run(tmp_path) as run:
         assert run.bind_config({"seeds": (0,)}, PLAN) == PLAN
     now = {**PLAN, "threads": 8, "processor": "slide rule"}
@@ -57,10 +59,28 @@ def test_the_stored_plan_is_used_again_and_what_cannot_be_is_told(tmp_path: Path
         assert run.bind_config({"seeds": (0,)}, now) == {**PLAN, "processor": "slide rule"}
     (told,) = [e for e in events(tmp_path) if e["event"] == "plan_differs"]
     assert (told["field"], told["stored"], told["now"]) == ("processor", "abacus", "slide rule")
+    said = "the run goes on with processor 'slide rule' (it began with 'abacus'): what is made from now on may differ"
+    assert capsys.readouterr().err.startswith(said)
     # Compilation that cannot be had here, or is not wanted any more, is not asked for again.
     with Run(tmp_path) as run:
         assert run.bind_config({"seeds": (0,)}, PLAN | {"compile": "off"})["compile"] == "off"
+        assert "goes on with compile 'off' (it began with 'auto')" in capsys.readouterr().err
         assert run.bind_config({"seeds": (0,)}, PLAN | {"compile": "on"})["compile"] == "auto"
+        assert not capsys.readouterr().err
+
+
+def test_what_a_run_and_those_within_it_go_on_with_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [tmp_path, tmp_path / "sets" / "one", tmp_path / "sets" / "two"]
+    for folder in folders:
+        with Run(folder) as run:
+            run.bind_config({}, PLAN)
+    with Run(folders[0]) as outer, Run(folders[1], parent=outer) as one, Run(folders[2], parent=outer) as two:
+        for run in (outer, one, two):
+            assert run.bind_config({}, PLAN | {"torch_version": "3"})["torch_version"] == "3"
+    assert capsys.readouterr().err.count("torch_version '3'") == 1
+    assert all("plan_differs" in (folder / "events.jsonl").read_text() for folder in folders)
 
 
 def test_a_directory_in_which_nothing_was_begun_goes_and_others_stay(tmp_path: Path) -> None:
@@ -262,6 +282,57 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         Run(tmp_path / "file" / "below")
 
 
+@pytest.mark.parametrize("name", [".lock", "events.jsonl", "workers/claims", "workers/me.jsonl", "workers/new.jsonl"])
+def test_a_link_in_the_place_of_a_file_that_is_written_in_place_is_refused_and_what_it_leads_to_stays(
+    tmp_path: Path, name: str
+) -> None:
+    mine, run = tmp_path / "mine", tmp_path / "run"
+    if "new" not in name:
+        mine.write_text("years of work")
+    (run / name).parent.mkdir(parents=True)
+    (run / name).symlink_to(mine)
+    worker = Path(name).stem if "workers" in name else None
+    refused = pytest.raises(StillroomError, match=f"{name} is a symbolic link.*delete it")
+    with refused, Run(run, worker="me" if worker == "claims" else worker) as opened:
+        opened.event("opened")
+    assert not mine.exists() if "new" in name else mine.read_text() == "years of work"
+
+
+def test_who_asks_whether_a_run_is_held_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(StillroomError, match="is a symbolic link"):
+        run_module.is_held(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["units", "checkpoints", "workers", "sets", "distilled"])
+def test_a_link_in_the_place_of_a_folder_of_a_run_is_refused_but_a_run_may_be_linked_itself(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with Run(tmp_path / "link") as run:
+        run.finish_unit("one", {})
+    path = tmp_path / "run" / name
+    if path.exists():
+        path.rename(tmp_path / "away")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StillroomError, match=f"{name} is a symbolic link"):
+        Run(tmp_path / "run")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_set_of_a_comparison_may_not_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    with Run(tmp_path / "run") as run:
+        (tmp_path / "run" / "sets").mkdir()
+        (tmp_path / "run" / "sets" / "one").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(StillroomError, match="one is a symbolic link"):
+            Run(tmp_path / "run" / "sets" / "one", parent=run)
+
+
 def test_a_damaged_configuration_is_refused_and_not_computed_by(tmp_path: Path) -> None:
     plan = {"seed_scheme": 1, "device": "cpu", "compile": "off", "chunk": 3} | dict.fromkeys(
         ("processor", "torch_version")
@@ -309,6 +380,33 @@ def test_a_damaged_unit_is_put_aside_and_made_anew(tmp_path: Path, capsys: pytes
         f"{name}{end}" for name in ("small.json", "large.safetensors") for end in ("", ".damaged")
     }
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tensors", [None, {"x": torch.arange(3)}])
+def test_a_unit_that_is_gone_when_it_is_read_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: dict[str, torch.Tensor] | None
+) -> None:
+    with Run(tmp_path) as run:
+        run.finish_unit("unit", {}, tensors)
+        exists = Path.exists
+
+        def exists_until_it_was_asked(path: Path) -> bool:
+            there = exists(path)
+            if path.parent.name == "units":
+                path.unlink(missing_ok=True)
+            return there
+
+        monkeypatch.setattr(Path, "exists", exists_until_it_was_asked)
+        assert run.finished("unit") is None
+
+
+def test_a_damaged_unit_keeps_the_checkpoint_that_it_may_be_made_anew_from(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        run.finish_unit("unit", {"loss": 0.5})
+        (tmp_path / "units" / "unit.json").write_text("{")
+        run.checkpoint("unit").save({}, {"step": 3})  # of another worker, which makes it anew
+        assert run.finished("unit") is None
+        assert run.checkpoint("unit").load() == ({}, {"step": 3})
 
 
 def test_units_without_their_configuration_are_of_no_settings_and_refused(tmp_path: Path) -> None:

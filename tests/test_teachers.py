@@ -151,6 +151,13 @@ def test_the_cache_key_leaves_out_settings_of_training_that_only_students_have(t
     assert train.keys() == {field.name for field in fields(TrainConfig)} - set(STUDENT_SETTINGS)
 
 
+def test_a_lock_in_the_cache_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(StillroomError, match="lock is a symbolic link"):
+        teachers_module._try_lock(tmp_path)
+    assert not (tmp_path / "mine").exists()
+
+
 def test_the_cache_key_does_not_change_with_what_leaves_the_weights_alone(toy: RealData, plan: Plan) -> None:
     entry = cache_entry("toynet", toy, QUICK, plan)
     assert cache_entry("toynet", toy, QUICK, replace(plan, pack_slots=9, chunk_images=5)) == entry

@@ -122,6 +122,78 @@ def test_a_unit_that_another_worker_finished_just_before_it_was_claimed_is_not_m
     assert not done
 
 
+def test_a_damaged_unit_that_another_worker_has_mended_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[str] = []
+    path = tmp_path / "units" / "a.json"
+    with Run(tmp_path, worker="me") as run:
+        run.finish_unit("a", {"by": "nobody"})
+        path.write_bytes(path.read_bytes()[:-5])
+
+        def claimed_after_another(worker: Worker, unit: str) -> bool:
+            path.rename(path.with_name("a.json.damaged"))
+            run.finish_unit(unit, {"by": "another"})
+            return True
+
+        monkeypatch.setattr(Worker, "claim", claimed_after_another)
+        assert run.finished("a") is None
+        assert path.exists()  # until it is this worker's
+        assert run.carry_out([counting("a", done)])[0][0] == {"by": "another"}
+        assert run.load_unit("a")[0] == {"by": "another"}
+    assert not done
+    assert not capsys.readouterr().err
+
+
+def test_a_worker_puts_a_damaged_unit_aside_once_it_is_its_own(
+    tmp_path: Path, waits: list[Callable[[], None]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[str] = []
+    with Run(tmp_path, worker="me") as run, another_worker_at(tmp_path / "workers" / "claims", "a") as other:
+        (tmp_path / "units" / "a.json").write_text("{")
+
+        def dies() -> None:
+            assert [path.name for path in (tmp_path / "units").iterdir()] == ["a.json"]
+            other.kill()
+            other.wait()
+
+        waits.append(dies)
+        assert run.carry_out([counting("a", done)])[0][0] == {"by": "a"}
+    assert {path.name for path in (tmp_path / "units").iterdir()} == {"a.json", "a.json.damaged"}
+    assert "made anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["stop file", "signal"])
+def test_who_waits_to_be_alone_says_so_and_stops_when_asked(
+    tmp_path: Path,
+    waits: list[Callable[[], None]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+) -> None:
+    stop = tmp_path / "stop"
+    monkeypatch.setattr(run_module, "PATIENCE_SECONDS", 0.0)
+    with (
+        Run(tmp_path / "run", worker="me", stop_file=stop) as run,
+        another_worker_at(tmp_path / "run" / "workers" / "claims", "table"),
+        run.stop_on_signals(),
+    ):
+        assert run.worker is not None
+
+        def ask() -> None:
+            if how == "signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                stop.write_text("SIGTERM")
+                run.worker._asked -= workers.LOOK_SECONDS
+
+        waits += [lambda: None, ask]
+        with pytest.raises(TimeLimitReached, match="SIGTERM"), run.alone("table"):
+            raise AssertionError("another one holds it")
+    assert not waits
+    assert capsys.readouterr().err.count("waiting for another worker that is at table") == 1
+
+
 def test_a_job_that_waits_for_others_is_put_off(tmp_path: Path, waits: list[Callable[[], None]]) -> None:
     done: list[str] = []
     with Run(tmp_path, worker="me") as run, another_worker_at(tmp_path / "workers" / "claims", "b") as other:

@@ -3,7 +3,8 @@
     python tests/faults/campaign.py --trials 200 --out docs/results/faults.json
 
 Every time a command ends with the bits of an undisturbed one, or with one clear error and, once what it names is put
-right, with these bits. `--trials` counts kills; each file is damaged twice, by a flipped byte and by cutting.
+right, with these bits. Of two workers at one run one is killed, and the other ends so. `--trials` counts kills; each
+file is damaged twice, by a flipped byte and by cutting.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ ON_CPU = ["--compute.device", "cpu", "--compute.precision", "float32", "--comput
 NOBODY = 65534
 PART_OF = {"squeeze": "squeeze", "distill": "run", "run": "run", "evaluate": "students", "export": "views",
            "import": "imported", "compare": "compare"}  # fmt: skip
+SHARED = ("--engine", "shared")  # what makes a command one of several workers
 HOLDING_SECONDS = ("events.jsonl", "table.md", "table.tex")  # which table.csv and results.json have in columns
 SAME, CLEAR = "same bits", "clear error"
 
@@ -74,14 +76,16 @@ class World:
             "compare": [*compare, "--out", "compare"],
         }  # fmt: skip
 
-    def start(self, stage: str, place: Path, disturb: Callable[[], object] = lambda: None) -> Child:
-        """Start the stage's command in a child, in which `disturb` is called before."""
+    def start(
+        self, stage: str, place: Path, disturb: Callable[[], object] = lambda: None, words: Sequence[str] = ()
+    ) -> Child:
+        """Start the stage's command, with more `words`, in a child, in which `disturb` is called before."""
 
         def work() -> int:
             os.environ["STILLROOM_CACHE"] = "cache"
             os.chdir(place)
             disturb()
-            return cli.main(self.commands()[stage])
+            return cli.main([*self.commands()[stage], *words])
 
         number = sum(sum(c.values()) for c in self.counts.values())
         return fork(work, self.folder / f"err-{number}-{self.random.random()}")
@@ -204,6 +208,43 @@ def kill(world: World, trials: int) -> None:
                 if wrong := world.wrong_sets(place):
                     world.fail("kill", stage, f"a wrong set verifies: {wrong}")
             finish(world, f"kill {stage}", stage, place)
+
+
+def kill_a_worker(world: World, trials: int) -> None:
+    """kill -9 of one of two workers at a random moment; the other one ends as if alone, and no table loses a row."""
+    for _ in range(trials):
+        place = world.copy("cache")
+        shutil.rmtree(place / "cache")
+        for stage in ("squeeze", "run", "evaluate", "compare"):
+            kind, seconds = f"kill one of two workers: {stage}", world.seconds[stage]
+            names = world.random.sample(("first", "second"), 2)
+            begins, ends = (world.random.uniform(0, seconds) for _ in range(2))
+            workers = {"first": world.start(stage, place, words=SHARED)}
+            time.sleep(begins)
+            workers["second"] = world.start(stage, place, words=SHARED)
+            killed, lives = (workers[name] for name in names)
+            rows = Rows(place / "compare" / "comparison.json")
+            told = killed.wait(ends, rows.look)
+            world.count(kind, "killed" if told.code == -9 else "ended before")
+            left = lives.wait(meanwhile=rows.look)
+            if told.code not in (0, -9):
+                world.fail(kind, stage, f"exit code {told.code}: {told.err[-400:]}")
+            if rows.lost:
+                world.fail(kind, stage, f"the table had {rows.lost} rows")
+            world.judge(kind, stage, place, left)
+
+
+class Rows:
+    """How many rows a comparison's table has, looked at while it grows: `lost` tells where they became fewer."""
+
+    def __init__(self, table: Path) -> None:
+        self.table, self.most, self.lost = table, 0, ""
+
+    def look(self) -> None:
+        if self.table.exists():
+            found = len(json.loads(self.table.read_text())["rows"])
+            self.lost = self.lost or (f"{self.most}, then {found}" if found < self.most else "")
+            self.most = max(self.most, found)
 
 
 def fill_disk(world: World, trials: int) -> None:
@@ -339,6 +380,7 @@ def run_campaign(folder: Path, trials: int, seed: int, damages: int = 1, out: Pa
     few = max(1, trials // 40)
     for work in (
         lambda: kill(world, trials),
+        lambda: kill_a_worker(world, 2 * few),
         lambda: fill_disk(world, 2 * few),
         lambda: lock_out(world),
         lambda: start_twice(world, few),

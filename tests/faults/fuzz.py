@@ -4,8 +4,9 @@
 
 For each format small valid files are mutated (bytes flipped, cut, repeated, numbers made huge, parts of two spliced) or
 replaced by noise, and files made to do harm come beside them: code in pickles and YAML, declared sizes without end,
-decompression bombs, names that lead out of the folder. A reader may return, or raise StillroomError; children have
-1 GiB of memory more than they begin with, and 60 seconds. No code may run and no file may appear.
+decompression bombs, names and links that lead out of the folder. A reader may return, or raise StillroomError;
+children have 1 GiB of memory more than they begin with, and 60 seconds. No code may run, no file may appear, and none
+outside change.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ AT_ONCE = 25  # inputs of a child
 PLAN = {"seed_scheme": 1, "device": "cpu", "compile": "off", "processor": "", "torch_version": ""}
 CANARY = "code-was-run"
 ABSOLUTE = Path("/tmp/escaped")  # where names that lead out lead to, before their suffixes
+ELSEWHERE = "elsewhere"  # a folder beside the sandbox, with a file; where links lead to
 
 
 class Evil:
@@ -75,13 +77,13 @@ class Evil:
 class Format:
     """`write` makes a valid folder; the files that `pattern` finds there are damaged; `read` then reads the folder.
 
-    hostile: contents made to do harm, which must be refused, by name.
+    hostile: contents made to do harm, or what does harm to the folder; either must be refused. By name.
     """
 
     write: Callable[[Path], object]
     pattern: str
     read: Callable[[Path], object]
-    hostile: dict[str, bytes]
+    hostile: dict[str, bytes | Callable[[Path], object]]
 
 
 def read_all(source: Path) -> None:
@@ -238,8 +240,32 @@ def write_unit(folder: Path) -> None:
         run.checkpoint("three").save({"x": torch.ones(3)}, {"step": 3})
 
 
-def read_unit(folder: Path) -> None:
-    with Run(folder / "run", show=False) as run:
+def write_shared_unit(folder: Path) -> None:
+    write_unit(folder)
+    with Run(folder / "run", worker="me") as run:
+        run.event("last")
+
+
+def link_away(name: str) -> Callable[[Path], None]:
+    """What puts a link in the place of a file or folder of a run, to one that is not the run's."""
+
+    def harm(folder: Path) -> None:
+        path, away = folder / "run" / name, folder.parents[1] / ELSEWHERE
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        path.parent.mkdir(exist_ok=True)
+        path.symlink_to(away if "." not in name and name != "workers/claims" else away / "mine")
+
+    return harm
+
+
+def links_away(*names: str) -> dict[str, bytes | Callable[[Path], object]]:
+    return {f"{name} is a link": link_away(name) for name in names}
+
+
+def read_unit(folder: Path, worker: str | None = None) -> None:
+    with Run(folder / "run", show=False, worker=worker) as run:
         run.seconds_spent()
         run.bind_config({"a": 1}, PLAN)
         run.load_unit("one")
@@ -404,7 +430,18 @@ def formats() -> dict[str, Format]:
             "deep": b"[" * 10**5,
         },
     )
-    yes["run"] = Format(write_unit, "run/*/*.*", read_unit, {})
+    yes["run"] = Format(
+        write_unit,
+        "run/*/*.*",
+        read_unit,
+        links_away(".lock", "events.jsonl", "units", "checkpoints", "workers", "sets", "distilled"),
+    )
+    yes["shared run"] = Format(
+        write_shared_unit,
+        "run/*/*.*",
+        lambda folder: read_unit(folder, "me"),
+        links_away(".lock", "workers/claims", "workers/me.jsonl", "units", "checkpoints", "workers"),
+    )
     yes["run configuration"] = Format(write_unit, "run/*.json*", read_unit, {})
     weights = dict(conftest.ToyNet(0).state_dict())
     yes["torch checkpoint"] = Format(
@@ -476,8 +513,10 @@ def mutate(content: bytes, chance: random.Random) -> bytes:
 
 
 def strays(root: Path, place: Path) -> dict[Path, int]:
-    """Everything below `root` but `place`, and what lies where the inputs' absolute names lead: by when it changed."""
-    below = {path: 0 for path in root.rglob("*") if path != place and place not in path.parents}
+    """Everything below `root` but `place`, and what lies where inputs lead by links or absolute names: by when it
+    changed."""
+    below = {path: path.lstat().st_mtime_ns if ELSEWHERE in path.parts else 0 for path in root.rglob("*")
+             if path != place and place not in path.parents}  # fmt: skip
     return below | {path: path.lstat().st_mtime_ns for path in ABSOLUTE.parent.glob(f"{ABSOLUTE.name}*")}
 
 
@@ -497,7 +536,9 @@ def read_watched(kind: Format, place: Path, root: Path) -> str:
     return f"files appeared: {[str(path) for path in appeared]}" if appeared else end
 
 
-def try_inputs(kind: Format, folder: Path, contents: list[tuple[str, int, bytes | None, int]], log: Path) -> int:
+def try_inputs(
+    kind: Format, folder: Path, contents: list[tuple[str, int, bytes | Callable[[Path], object] | None, int]], log: Path
+) -> int:
     """Read each input in this process, which is a child; a line of JSON for each goes to `log`, before and after."""
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
@@ -511,7 +552,9 @@ def try_inputs(kind: Format, folder: Path, contents: list[tuple[str, int, bytes 
             chance = random.Random(seed)
             paths = sorted(path for path in place.glob(kind.pattern) if path.is_file())
             path = chance.choice(paths)
-            if number >= 0:  # -1: as it is
+            if callable(hostile):
+                hostile(place)
+            elif number >= 0:  # -1: as it is
                 path.write_bytes(mutate(path.read_bytes(), chance) if hostile is None else hostile)
             file.write(json.dumps({"begun": name}) + "\n")
             file.flush()
@@ -544,6 +587,8 @@ def run_fuzz(folder: Path, inputs: int, seed: int, only: tuple[str, ...] = ()) -
     failures: list[str] = []
     sandbox = folder / "a" / "b" / "sandbox"
     sandbox.mkdir(parents=True)
+    (sandbox.parent / ELSEWHERE).mkdir()
+    (sandbox.parent / ELSEWHERE / "mine").write_text("years of work")
     outside = sorted(map(str, SETS.rglob("*")))
     for name, kind in formats().items():
         if only and name not in only:

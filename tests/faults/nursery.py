@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import conftest
 
-from stillroom import cli, run
+from stillroom import cli, run, teachers
 from stillroom.networks import NETWORKS
 from stillroom.recipes import RECIPES
 
@@ -49,11 +49,12 @@ class Child:
     pid: int
     err: Path
 
-    def wait(self, kill_after: float | None = None) -> Told:
-        """Return how it ended; it is killed after so many seconds, and where it hangs."""
+    def wait(self, kill_after: float | None = None, meanwhile: Callable[[], object] = lambda: None) -> Told:
+        """Return how it ended; it is killed after so many seconds, and where it hangs. Calls `meanwhile` till then."""
         begun = time.monotonic()
         while True:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
+            meanwhile()
             if pid:
                 return Told(os.waitstatus_to_exitcode(status), self.err.read_text(errors="replace"))
             if time.monotonic() - begun > (HUNG_SECONDS if kill_after is None else kill_after):
@@ -82,11 +83,13 @@ def fork(work: Callable[[], int], err: Path) -> Child:
 
 
 def prepare(folder: Path) -> Path:
-    """Let children know the toy world, checkpoint at every step, and find everything imported; return its images."""
+    """Let children know the toy world, checkpoint at every step, wait briefly for each other, and find everything
+    imported; return its images."""
     source = conftest.write_toy_npz(folder / "toy.npz")
     NETWORKS["toynet"] = conftest.TOYNET_ROW
     RECIPES["toy"] = conftest.build_toy_recipe(source)
     run.CHECKPOINT_SECONDS = 0.0
+    run.LOOK_SECONDS = teachers.LOOK_SECONDS = 0.02  # between two looks at what other workers have finished
     names = folder / "modules.json"
 
     def work() -> int:
