@@ -40,7 +40,7 @@ from stillroom import __version__, hub, together
 from stillroom.compare import compare
 from stillroom.data import FACTS, DataConfig
 from stillroom.distilled import find_set, load_distilled, verify_distilled
-from stillroom.engines import EngineName, carry_out
+from stillroom.engines import EngineName, carry_out, check_engine
 from stillroom.errors import StillroomError, TimeLimitReached, UsageError, suggest
 from stillroom.estimate import estimate_comparison, estimate_recipe
 from stillroom.evaluate_command import evaluate_command
@@ -423,6 +423,7 @@ def parse_recipe(name: str, words: list[str], kind: type[Command]) -> Command | 
             settings = _recipe_under_protocol(preset, command.protocol, command.settings)
         command = parse_words(kind, name, words, kind(recipe, read_config(words, settings)))
     parse_duration(command.time_limit)
+    check_engine(command)
     if command.recipe != recipe:
         raise UsageError(f"name the recipe first: stillroom {name} {command.recipe} ...")
     if isinstance(command.settings, Comparison):

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from stillroom import __version__
 from stillroom.compute import ComputeConfig
 from stillroom.errors import StillroomError, TimeLimitReached
-from stillroom.events import Tail
-from stillroom.files import read_sealed, refuse_links, remove_if_there, write_atomic
+from stillroom.events import Tail, read_config
+from stillroom.files import refuse_links, remove_if_there, write_atomic
 from stillroom.run import FOLDERS, Run, open_bars
 from stillroom.workers import LOOK_SECONDS, Report, read_reports, try_byte
 
@@ -71,7 +71,7 @@ def spread(
     """
     directory = directory.resolve()
     refuse_links(directory / name for name in FOLDERS)
-    stored = read_sealed(directory / "config.json", ("plan",))["plan"] if (directory / "config.json").exists() else {}
+    stored = read_config(directory)["plan"] if (directory / "config.json").exists() else {}
     with _connected(address, workers) as ray, Run(time_limit=time_limit) as run, run.stop_on_signals():
         nodes = [node for node in ray.nodes() if node["Alive"]]
         compute, placement = place(compute, stored, [node["Resources"] for node in nodes], workers)

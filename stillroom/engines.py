@@ -52,19 +52,14 @@ def carry_out(
     Raises UsageError for engines that exclude each other.
     """
     limit = parse_duration(command.time_limit)
-    if command.engine != "local" and together.launched():
-        raise UsageError(f"torchrun's processes share each training, --engine {command.engine} the units: use one")
+    check_engine(command)
     if command.engine == "ray":
-        if command.log is not None:
-            raise UsageError("--log sends what this process does, not Ray's workers: use --engine local or shared")
         assert directory is not None
         cache = cache_root(teachers.cache).resolve()
         return spread(
             work, directory, compute, cache,
             address=command.ray_address, workers=command.workers, time_limit=limit,
         )  # fmt: skip
-    if command.workers is not None or command.ray_address is not None:
-        raise UsageError("--workers and --ray-address are Ray's: give --engine ray too")
     worker = name_worker() if command.engine == "shared" else None
     with contextlib.ExitStack() as stack:
         sinks: list[Callable[[dict[str, Any]], None]] = [] if sys.stderr.isatty() else [say_finished]
@@ -79,6 +74,18 @@ def carry_out(
         run = stack.enter_context(Run(directory, time_limit=limit, worker=worker, sink=tell))
         stack.enter_context(run.stop_on_signals())
         return work(compute, run)
+
+
+def check_engine(command: Engaged) -> None:
+    """Raise UsageError for words of engines that exclude each other, and for workers that cannot be."""
+    if command.engine != "local" and together.launched():
+        raise UsageError(f"torchrun's processes share each training, --engine {command.engine} the units: use one")
+    if command.engine == "ray" and command.log is not None:
+        raise UsageError("--log sends what this process does, not Ray's workers: use --engine local or shared")
+    if command.engine != "ray" and (command.workers is not None or command.ray_address is not None):
+        raise UsageError("--workers and --ray-address are Ray's: give --engine ray too")
+    if command.workers is not None and command.workers < 1:
+        raise UsageError(f"--workers is {command.workers}; give 1 or more, or leave it out to fill the cluster")
 
 
 def say_finished(event: dict[str, Any]) -> None:

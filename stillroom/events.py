@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stillroom.errors import StillroomError
+from stillroom.errors import DamagedFileError, StillroomError
+from stillroom.files import read_sealed
 
 POINTS = 80  # of a curve, at most
 END_OF_TIME = 2.5e11  # seconds: the year 9892, beyond which no calendar of Python's goes
@@ -45,6 +46,21 @@ def require_run(directory: Path) -> None:
         raise StillroomError(
             f"{directory} holds no config.json, so it is no run; give the directory of one, such as runs/demo"
         )
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return the settings and the plan of a run, by these names.
+
+    Raises StillroomError where they are damaged: of what other files hold, nothing makes them again.
+    """
+    path = directory / "config.json"
+    try:
+        return read_sealed(path, ("settings", "plan"))
+    except DamagedFileError as error:
+        raise StillroomError(
+            f"{str(path)!r} was damaged or edited after it was written, so nothing says of which settings the units of "
+            "this run are; restore it, or give another directory with --out (trained teachers are in the cache)"
+        ) from error
 
 
 def event_files(directory: Path) -> list[Path]:

@@ -35,9 +35,18 @@ from stillroom.claims import (
     spread_of,
 )
 from stillroom.errors import StillroomError
-from stillroom.events import Training, event_files, read_events, read_lines, require_run, seconds_within, trainings_of
+from stillroom.events import (
+    Training,
+    event_files,
+    read_config,
+    read_events,
+    read_lines,
+    require_run,
+    seconds_within,
+    trainings_of,
+)
 from stillroom.figures.style import COLOURS, colours_of, listed
-from stillroom.files import read_bytes, read_json, read_sealed
+from stillroom.files import read_bytes, read_json
 from stillroom.manifest import Manifest, read_manifest
 from stillroom.page import (
     Html,
@@ -117,7 +126,7 @@ def open_run(directory: Path) -> Opened:
     Raises StillroomError where it is no run, and where a file in it is damaged.
     """
     require_run(directory)
-    settings = read_sealed(directory / "config.json", ("settings",))["settings"]
+    settings = read_config(directory)["settings"]
     names = [name for name in ("comparison.json", "results.json") if (directory / name).exists()]
     results = read_json(directory / names[0]) if names else None
     sets = {}

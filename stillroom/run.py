@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor
 
 from stillroom.errors import DamagedFileError, StillroomError, TimeLimitReached
-from stillroom.events import event_files, read_lines, seconds_within
+from stillroom.events import event_files, read_config, read_lines, seconds_within
 from stillroom.files import (
     break_seal,
     load_tensors,
@@ -185,25 +185,17 @@ class Run:
             _look_anew(directory)
         settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be read back
         begun = any(entry for part in ("units", "checkpoints") for entry in (directory / part).iterdir())
-        needed = ("settings", "plan")
         if begun and not path.exists():
             raise StillroomError(
                 f"{str(path)!r} is gone, so nothing says of which settings the finished units of this run are; restore "
                 "it, or give another directory with --out (trained teachers are in the cache)"
             )
         free = self.worker is None and not begun
-        if not path.exists() or (free and read_sealed(path, needed)["settings"] != settings):
+        if not path.exists() or (free and read_config(directory)["settings"] != settings):
             write_json(path, seal({"settings": settings, "plan": plan}, {}, path))
             self.event("opened")
             return plan
-        try:
-            stored = read_sealed(path, needed)
-        except DamagedFileError as error:  # others are made anew when they are deleted
-            raise StillroomError(
-                f"{str(path)!r} was damaged or edited after it was written, so nothing says of which settings the "
-                "units of this run are; restore it, or give another directory with --out (trained teachers are in the "
-                "cache)"
-            ) from error
+        stored = read_config(directory)
         if new := {k: v for k, v in settings.items() if k in may_be_new and k not in stored["settings"]}:
             stored["settings"] |= new
             write_json(path, seal(stored, {}, path))

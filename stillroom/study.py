@@ -21,8 +21,8 @@ from stillroom.compute import ComputeConfig, Plan, resolve_plan
 from stillroom.data import DataConfig, RealData, load_real
 from stillroom.distilled import DistilledSet, load_distilled
 from stillroom.errors import StillroomError, check_choices, suggest
-from stillroom.events import require_run
-from stillroom.files import read_json, read_sealed, sha256_bytes
+from stillroom.events import read_config, require_run
+from stillroom.files import read_json, sha256_bytes
 from stillroom.grid import OWN_LABELS, slug
 from stillroom.images import Images
 from stillroom.labels import attach_labels
@@ -129,7 +129,7 @@ class Study:
         ]
         self.made = tuple(made for made in found if (made.folder / "manifest.json").exists())
         self.gone = tuple(made for made in found if made not in self.made)
-        settings = [read_sealed(run / "config.json", ("settings",))["settings"] for run in runs]
+        settings = [read_config(run)["settings"] for run in runs]
         self.settings: dict[str, Any] = settings[0]
         first, *others = (own.get("data_fingerprint") for own in settings)
         if set(others) - {first}:

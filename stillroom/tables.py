@@ -113,6 +113,8 @@ def show_budget(folder: Path) -> None:
     names = manifest.class_names[:10]
     shown = map(repr, names) if any("," in name for name in names) else names  # 'tench, Tinca tinca' is one class
     print(f"classes: {', '.join(shown)}{', ...' if len(manifest.class_names) > 10 else ''}")
+    if skipped := manifest.extra.get("skipped_images"):
+        print(f"left out of the real images: {skipped} that could not be read")
     if manifest.teachers:
         print("teachers: " + ", ".join(f"{t.name} {t.show_accuracy(1)}" for t in manifest.teachers))
     if manifest.image_encoding == "float16":

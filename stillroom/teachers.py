@@ -418,7 +418,7 @@ def empty_cache(cache: str | None = None) -> tuple[list[Path], list[Path]]:
     deleted, kept = [], []
     shutil.rmtree(cache_root(cache) / LOOKS, ignore_errors=True)
     for entry, _, _ in list_cache(cache):
-        lock = _try_lock(entry)
+        lock = _try_lock(entry, alone=True)
         if lock is None:
             kept.append(entry)
             continue
@@ -468,9 +468,12 @@ def _checkpoint_files(config: TeachersConfig) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def _entry_lock(entry: Path, run: Run, wait: bool = True) -> Iterator[bool]:
-    """Keep other processes from training or deleting the cache entry; wait for one that does, or yield False."""
+    """Keep other processes from training or deleting the cache entry; wait for one that does, or yield False.
+
+    A finished teacher is only kept from being deleted: several may load it at once.
+    """
     waited = False
-    while (lock := _try_lock(entry)) is None:
+    while (lock := _try_lock(entry, alone=False)) is None:
         if not wait:
             yield False
             return
@@ -483,8 +486,10 @@ def _entry_lock(entry: Path, run: Run, wait: bool = True) -> Iterator[bool]:
         yield True
 
 
-def _try_lock(entry: Path) -> contextlib.AbstractContextManager[Any] | None:
+def _try_lock(entry: Path, alone: bool) -> contextlib.AbstractContextManager[Any] | None:
     """Return the lock of the cache entry, whose folder is made if need be, or None where another process holds it.
+
+    alone: whether to hold it alone also where the teacher is finished.
 
     A finished teacher in a cache that can only be read needs no lock, since nobody can change it. Raises StillroomError
     for an unfinished one there.
@@ -496,7 +501,7 @@ def _try_lock(entry: Path) -> contextlib.AbstractContextManager[Any] | None:
     while True:
         try:
             entry.mkdir(parents=True, exist_ok=True)
-            lock = open(entry / ".lock", "a", opener=open_unlinked)  # noqa: SIM115 - kept open for as long as it is held
+            lock = open(entry / ".lock", "a+", opener=open_unlinked)  # noqa: SIM115 - kept open for as long as it is held
         except OSError as error:
             if isinstance(error, FileNotFoundError) and entry.parent.is_dir():
                 continue  # deleted in between
@@ -506,7 +511,8 @@ def _try_lock(entry: Path) -> contextlib.AbstractContextManager[Any] | None:
         with contextlib.ExitStack() as opened, contextlib.suppress(FileNotFoundError):
             opened.enter_context(lock)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shared = not alone and (entry / "teacher.json").exists()
+                fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:
                 return None
             # Deleted since it was opened, it would keep nobody out.

@@ -23,8 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stillroom.errors import UsageError
-from stillroom.events import Tail, require_run
-from stillroom.files import read_sealed
+from stillroom.events import Tail, read_config, require_run
 from stillroom.run import is_held
 from stillroom.settings import parse_words
 from stillroom.workers import Report, read_reports
@@ -96,7 +95,7 @@ def read_progress(directory: Path, events: Sequence[dict[str, Any]]) -> Progress
     Raises StillroomError where it is no run, or its configuration is damaged.
     """
     require_run(directory)
-    settings = read_sealed(directory / "config.json", ("settings",))["settings"]
+    settings = read_config(directory)["settings"]
     reports = read_reports(directory)
     running, state = _state(directory, events, reports)
     done = Counter(path.name.partition("-")[0] for path in directory.glob("units/*") if path.suffix != ".tmp")

@@ -355,7 +355,10 @@ def test_what_page_and_card_say_of_loading_works_for_every_kind_of_label(
 
 
 DAMAGES = {
-    "config.json": (lambda path: path.write_text(path.read_text().replace("1", "2", 1)), "SHA-256 does not fit"),
+    "config.json": (
+        lambda path: path.write_text(path.read_text().replace("1", "2", 1)),
+        "so nothing says of which settings",
+    ),
     "results.json": (lambda path: path.write_text('{"cells": [{}]}'), "are not such as stillroom writes"),
     "distilled/manifest.json": (lambda path: path.write_text("{"), "manifest.json"),
     "distilled/contact_sheet.png": (lambda path: path.write_bytes(b"no picture" * 20_000), "is no picture"),

@@ -342,13 +342,9 @@ def test_a_damaged_configuration_is_refused_and_not_computed_by(tmp_path: Path) 
         assert run.bind_config({"steps": 5}, plan) == plan
         path = tmp_path / "config.json"
         whole = path.read_text()
-        for old, new, said in (
-            ('"chunk": 3', '"chunk": 2', "damaged or edited"),
-            ('"plan"', '"plbn"', "lacks plan"),
-            ("{", "[{", "not valid JSON"),
-        ):
+        for old, new in (('"chunk": 3', '"chunk": 2'), ('"plan"', '"plbn"'), ("{", "[{")):
             path.write_text(whole.replace(old, new, 1))
-            with pytest.raises(StillroomError, match=said):
+            with pytest.raises(StillroomError, match="damaged or edited .* restore it, or give another directory"):
                 run.bind_config({"steps": 5}, plan)
 
 

@@ -154,7 +154,7 @@ def test_the_cache_key_leaves_out_settings_of_training_that_only_students_have(t
 def test_a_lock_in_the_cache_that_is_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / ".lock").symlink_to(tmp_path / "mine")
     with pytest.raises(StillroomError, match="lock is a symbolic link"):
-        teachers_module._try_lock(tmp_path)
+        teachers_module._try_lock(tmp_path, alone=True)
     assert not (tmp_path / "mine").exists()
 
 
@@ -456,11 +456,27 @@ def test_a_lock_whose_folder_was_deleted_while_it_was_taken_is_taken_again(
 
     monkeypatch.setattr(fcntl, "flock", take_late)
     with teachers_module._entry_lock(entry, Run()):
-        assert teachers_module._try_lock(entry) is None
-    lock = teachers_module._try_lock(entry)
+        assert teachers_module._try_lock(entry, alone=True) is None
+    lock = teachers_module._try_lock(entry, alone=True)
     assert lock is not None
     with lock:
-        assert teachers_module._try_lock(entry) is None
+        assert teachers_module._try_lock(entry, alone=True) is None
+
+
+def test_several_may_load_a_finished_teacher_at_once_while_nobody_deletes_it(own_cache: Path) -> None:
+    entry = own_cache / "teachers" / "toynet"
+    with teachers_module._entry_lock(entry, Run(), wait=False) as first:
+        with teachers_module._entry_lock(entry, Run(), wait=False) as second:
+            assert (first, second) == (True, False)  # one of them trains it
+        (entry / "teacher.json").write_text("{}")
+    with (
+        teachers_module._entry_lock(entry, Run(), wait=False) as first,
+        teachers_module._entry_lock(entry, Run(), wait=False) as second,
+    ):
+        assert first
+        assert second
+        assert empty_cache() == ([], [entry])
+    assert empty_cache() == ([entry], [])
 
 
 # The same teacher as the test's, wanted by another process.

@@ -294,7 +294,7 @@ def test_teachers_that_nobody_trains_come_first(
     monkeypatch.setitem(NETWORKS, "busy", NETWORKS[toynet])
     monkeypatch.setattr(teachers_module, "check_above_chance", lambda *_: None)
     config = TeachersConfig(("busy", toynet), epochs=1, batch_size=16, cache=str(tmp_path))
-    held = teachers_module._try_lock(cache_entry("busy", toy, config, plan))
+    held = teachers_module._try_lock(cache_entry("busy", toy, config, plan), alone=True)
     assert held is not None
 
     def let_go(seconds: float) -> None:
