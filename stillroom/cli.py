@@ -1,6 +1,7 @@
 """The command line: every stage by name, typed settings, plans before work, tables after it.
 
     stillroom demo                             digits, end to end, in about two minutes
+    stillroom run own --data.source FOLDER     your own images: settings fitted to them and to this machine
     stillroom run RECIPE [settings]            teachers, distilled set, students, controls, table
     stillroom compare RECIPE --grid.methods .. methods x budgets x labels x students as one table
     stillroom squeeze | distill RECIPE         the same, stopped after the teachers | the distilled set
@@ -31,23 +32,25 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import tyro
 
 from stillroom import __version__, hub, together
 from stillroom.compare import compare
-from stillroom.data import FACTS, DataConfig
+from stillroom.compute import resolve_plan
+from stillroom.data import FACTS, DataConfig, look_at
 from stillroom.distilled import find_set, load_distilled, verify_distilled
 from stillroom.engines import EngineName, carry_out, check_engine
 from stillroom.errors import StillroomError, TimeLimitReached, UsageError, suggest
 from stillroom.estimate import estimate_comparison, estimate_recipe
-from stillroom.evaluate_command import evaluate_command
+from stillroom.evaluate_command import evaluate_command, notify
 from stillroom.exchange import ImportConfig, import_set
 from stillroom.export import ExportLayout, export_set
 from stillroom.figure_command import figure_command
-from stillroom.files import require_free_folder
+from stillroom.files import read_sealed, require_free_folder
+from stillroom.fitting import fit_recipe, open_settings, summarise, with_settings
 from stillroom.grid import Comparison, Grid, comparison_of
 from stillroom.pipeline import (
     make_recipe_set,
@@ -59,7 +62,7 @@ from stillroom.recipes import RECIPES, Recipe, find_recipe
 from stillroom.render import failures_of
 from stillroom.report_command import report_command, write_report
 from stillroom.run import Run, finished_units
-from stillroom.settings import parse_duration, parse_words, read_config, reading_words, to_yaml
+from stillroom.settings import parse_duration, parse_words, read_config, read_plain, reading_words, to_yaml
 from stillroom.sinks import SinkName
 from stillroom.tables import (
     print_where,
@@ -426,6 +429,8 @@ def parse_recipe(name: str, words: list[str], kind: type[Command]) -> Command | 
     check_engine(command)
     if command.recipe != recipe:
         raise UsageError(f"name the recipe first: stillroom {name} {command.recipe} ...")
+    if recipe == "own":
+        command = _fit_command(command, name, words)
     if isinstance(command.settings, Comparison):
         _check_said_once(command.settings, preset)
     if command.print_config:
@@ -446,6 +451,38 @@ def parse_recipe(name: str, words: list[str], kind: type[Command]) -> Command | 
         show_estimate(f"{command.recipe}: plan of {command.directory}", *estimate)
         return None
     return command
+
+
+def _fit_command(command: Command, name: str, words: list[str]) -> Command:
+    """Return the command with what its recipe leaves open chosen, and tell of it; what words and files say stays.
+
+    A run that is there already goes on with what was chosen for it, on whatever machine and by however many workers.
+    """
+
+    def said_over(settings: Recipe) -> tuple[Command, dict[str, Any]]:
+        """The command over these settings, and what of the open ones its words and files change."""
+        new = parse_words(type(command), name, words, type(command)(command.recipe, read_config(words, settings)))
+        mine, theirs = open_settings(new.settings), open_settings(settings)
+        return new, {path: value for path, value in mine.items() if value != theirs[path]}
+
+    config = command.directory / "config.json"
+    stored = read_sealed(config).get("settings", {}) if config.exists() else {}
+    if "ipc" in stored:  # not in a comparison's, whose grid says it
+        known = {k: v for k, v in stored.items() if k in ("data", "teachers", "ipc", "infer", "student")}
+        before = open_settings(read_plain(known, command.settings, str(config), notify))
+        kept, said = said_over(with_settings(command.settings, before))
+        if not said:
+            notify(f"{command.directory} goes on with what was chosen for it: {summarise(kept.settings)}")
+            return kept
+    plan, look = resolve_plan(command.settings.compute), look_at(command.settings.data)
+    protocol = {path: value for path, value in open_settings(command.settings).items() if path.startswith("student.")}
+    fixed = {} if command.protocol is None else protocol
+    fitted, _ = fit_recipe(command.settings, look, plan.device, plan.threads, fixed)
+    _, said = said_over(fitted)
+    fitted, reasons = fit_recipe(command.settings, look, plan.device, plan.threads, fixed | said)
+    for reason in reasons:
+        notify(reason)
+    return said_over(fitted)[0]
 
 
 def _check_said_once(comparison: Comparison, preset: Recipe) -> None:

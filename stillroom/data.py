@@ -10,6 +10,7 @@ a `RealData`: two splits of square uint8 colour images with labels 0 ... C-1.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -72,6 +73,8 @@ class DataConfig:
     holdout_per_class: int = 0
     """Above 0: the last N training images of each class leave training and replace the test split, which is not read.
     For tuning, which must never see the test split."""
+    holdout_share: float = 0.0
+    """Above 0: the same with a share of each class, such as 0.2, at least one image of those that have two."""
     flip: Literal["auto", "on", "off"] = "auto"
     """Whether a mirrored image keeps its class, so that training may flip. auto: yes, except for digits."""
     memory_limit_gib: float = 4.0
@@ -93,6 +96,18 @@ class DataConfig:
             if value is not None and not (value >= low and (high is None or value <= high)):
                 upper = f" and at most {high}" if high is not None else ""
                 raise StillroomError(f"--data.{flag} is {value}; it must be at least {low}{upper}.")
+        if not 0 <= self.holdout_share < 1:
+            raise StillroomError(f"--data.holdout-share is {self.holdout_share}; give a share from 0 to below 1.")
+        if self.holdout_share and self.holdout_per_class:
+            raise StillroomError(
+                f"--data.holdout-share is {self.holdout_share} and --data.holdout-per-class {self.holdout_per_class}, "
+                "but a test split is held out one way; give one of them."
+            )
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the test split is a part of the training images."""
+        return self.holdout_per_class > 0 or self.holdout_share > 0
 
 
 @dataclass(frozen=True)
@@ -251,13 +266,47 @@ def fit_size(config: DataConfig, side: int) -> DataConfig:
     return fitted if own in (None, side) else replace(fitted, resize="crop")
 
 
+@dataclass(frozen=True)
+class Look:
+    """What a first look at a dataset tells, before any image is decoded: its classes, how many training images each
+    has, the short sides of some hundred of them in pixels, evenly spread, and whether there is a test split."""
+
+    class_names: tuple[str, ...]
+    counts: tuple[int, ...]
+    short_sides: tuple[int, ...]
+    has_test: bool
+
+
+def look_at(config: DataConfig) -> Look:
+    """Look at the dataset that `config` names, before anything is held out; raises StillroomError as `load_real` does
+    for a source that is missing, unknown or ambiguous, and where no training image can be read."""
+    try:
+        name, facts, source = _open(replace(config, holdout_per_class=0, holdout_share=0.0))
+        labels = source.train.labels
+        classes = _count_classes(source, facts.classes if facts and config.source in FACTS else None, name)
+        rows = np.arange(0, len(labels), max(1, len(labels) // 100))
+        sides = []
+        for row in rows:
+            with contextlib.suppress(StillroomError):  # of one that cannot be read, which loading counts and names
+                height, width, _ = first_size(source.train.images, np.array([row]))
+                sides.append(min(height, width))
+        if not sides:
+            first_size(source.train.images, rows)  # which says why
+    except OSError as error:
+        raise StillroomError(f"--data.source {config.source} cannot be read: {error}.") from error
+    names = source.class_names or (facts.class_names if facts and facts.classes == classes else None)
+    counts = np.bincount(labels, minlength=classes)
+    return Look(names or tuple(map(str, range(classes))), tuple(counts.tolist()), tuple(sides), source.test is not None)
+
+
 def _load(config: DataConfig) -> RealData:
     name, facts, source = _open(config)
     named = config.source in FACTS
     classes = _count_classes(source, facts.classes if facts and named else None, name)
     test_split = source.test
-    if config.holdout_per_class:
-        train_rows, test_rows = _hold_out(source.train.labels, config.holdout_per_class)
+    if config.holds_out:
+        held = count_held_out(np.bincount(source.train.labels, minlength=classes), config)
+        train_rows, test_rows = _hold_out(source.train.labels, held)
         if not len(train_rows):
             raise StillroomError(
                 f"--data.holdout-per-class {config.holdout_per_class} leaves no training image of {name}; give "
@@ -268,7 +317,7 @@ def _load(config: DataConfig) -> RealData:
         raise StillroomError(
             f"--data.source {config.source} has no test split. Add a folder, or parquet files or shards, named "
             f"{', '.join(readers.TEST_SPLITS[:-1])} or {readers.TEST_SPLITS[-1]}, or hold training images out with "
-            "--data.holdout-per-class N."
+            "--data.holdout-per-class N or --data.holdout-share 0.2."
         )
     else:
         train_rows, test_rows = np.arange(len(source.train.labels)), np.arange(len(test_split.labels))
@@ -366,7 +415,7 @@ def _open_named(name: str, config: DataConfig) -> Source:
 
 
 def _read_path(path: Path, facts: Facts | None, config: DataConfig) -> Source:
-    with_test = not config.holdout_per_class
+    with_test = not config.holds_out
     if path.is_file():
         if path.suffix == ".npz":
             return readers.read_npz(path, config.memory_limit_gib * 2**30, with_test)
@@ -381,6 +430,8 @@ def _read_path(path: Path, facts: Facts | None, config: DataConfig) -> Source:
             return readers.read_ilsvrc(path, with_test)
         case "class folders":
             return readers.read_folder(path, _test_splits(facts), with_test)
+        case "bare class folders":
+            return readers.read_bare_folders(path)
         case "parquet":
             return _read_parquet(path, facts, config)
         case "shards":
@@ -396,7 +447,7 @@ def _read_parquet(path: Path, facts: Facts | None, config: DataConfig) -> Source
         config.label_column,
         facts.label_column if facts else None,
         _test_splits(facts),
-        with_test=not config.holdout_per_class,
+        with_test=not config.holds_out,
     )
 
 
@@ -534,7 +585,15 @@ def _rank_in_class(labels: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def _hold_out(labels: np.ndarray, per_class: int) -> tuple[np.ndarray, np.ndarray]:
-    """-> positions of all but the last `per_class` images of each class, and of those."""
+def count_held_out(counts: np.ndarray, config: DataConfig) -> np.ndarray:
+    """How many images of each class become the test split, of so many in all, where `config` holds some out."""
+    if config.holdout_per_class:
+        return np.full_like(counts, config.holdout_per_class)
+    return np.minimum(np.maximum((counts * config.holdout_share).astype(counts.dtype), 1), np.maximum(counts - 1, 0))
+
+
+def _hold_out(labels: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """-> positions of all but the last `held[label]` images of each class, and of those."""
     rank_from_end = _rank_in_class(labels[::-1])[::-1]
-    return np.flatnonzero(rank_from_end >= per_class), np.flatnonzero(rank_from_end < per_class)
+    kept = rank_from_end >= held[labels]
+    return np.flatnonzero(kept), np.flatnonzero(~kept)

@@ -107,7 +107,7 @@ def _evaluate(
     distilled = load_distilled(find_set(command.distilled))
     plan = resolve_plan(command.compute, run.notice)
     real = load_real(command.data)
-    check_matches(distilled, real, held_out=command.data.holdout_per_class > 0)
+    check_matches(distilled, real, held_out=command.data.holds_out)
     kept = {k: v for k, v in asdict(command).items() if k in ("data", "student", "labels", "pool", "teachers")}
     settings = bound_settings(kept, real)
     settings["distilled"] = {role: facts.sha256 for role, facts in distilled.manifest.files.items()}

@@ -236,7 +236,7 @@ def plan_folder(name: str, text: str, base: Recipe, grid: Grid, real: RealData) 
     """
     folder = find_set(Path(text.removeprefix(FOLDER)))
     distilled = load_distilled(folder)
-    check_matches(distilled, real, held_out=base.data.holdout_per_class > 0)
+    check_matches(distilled, real, held_out=base.data.holds_out)
     ipc, its = distilled.manifest.ipc, distilled.manifest.label_kind
     # Its method may be nobody's here; the recipe says who labels it, and that random images stand beside it.
     base = replace(base, method=base.method if base.method != "random" else "infer", ipc=ipc)

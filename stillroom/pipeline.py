@@ -378,7 +378,7 @@ def is_preset(name: str, recipe: Recipe, real: RealData) -> bool:
     if preset is None or preset.data.source not in FACTS:
         return False
     stages = ("method", "ipc", "method_config", "student", "image_encoding", "labelled_by")
-    facts, cut = FACTS[preset.data.source], recipe.data.train_per_class is not None or recipe.data.holdout_per_class > 0
+    facts, cut = FACTS[preset.data.source], recipe.data.train_per_class is not None or recipe.data.holds_out
     return (
         all(getattr(preset, stage) == getattr(recipe, stage) for stage in stages)
         and all(

@@ -3,8 +3,9 @@
 stillroom run infer-cifar100-ipc10                       the paper's, hours on one GPU
 stillroom run rded-imagenet-ipc10                        another paper's
 stillroom run laptop-cifar100-ipc10                      thin networks: about two hours on one core
-stillroom run quick --data.source my-images              a look at any folder of your own, in minutes
-stillroom run small --data.source my-images --ipc 10     any small dataset of your own
+stillroom run own --data.source my-images                any folder of your own, fitted to it and to this machine
+stillroom run quick --data.source my-images              a look at it, in minutes
+stillroom run small --data.source my-images --ipc 10     any small dataset
 """
 
 from __future__ import annotations
@@ -258,6 +259,8 @@ _LAPTOP_TINY_50 = replace(
     student=replace(_LAPTOP.student, train=replace(_LAPTOP.student.train, epochs=5), dynamic_epochs=2),
 )
 _SMALL = replace(_LAPTOP, teachers=replace(_TWO_THIN, least_steps=400))
+# For any images of the user's own: fitting.py chooses what is in its OPEN, here what that begins from.
+_OWN = replace(_SMALL, data=DataConfig(image_size=32, resize="crop"), labels=("static",))
 _DIGITS = replace(
     _LAPTOP,
     teachers=replace(_TWO_THIN, epochs=6),
@@ -331,6 +334,7 @@ RECIPES: dict[str, Recipe] = {                                            # it s
     "laptop-tiny-imagenet-ipc10": _on(_LAPTOP_TINY,    "tiny-imagenet", 10),
     "laptop-tiny-imagenet-ipc50": _on(_LAPTOP_TINY_50, "tiny-imagenet", 50),
     "small":                      _on(_SMALL,    "digits",        10),
+    "own":                        _on(_OWN,      "digits",        10),    # fitted to data and machine: fitting.py
     "quick":                      _on(_QUICK,    "digits",        10),
     "digits":                     _on(_DIGITS,   "digits",        10),
 }

@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from stillroom import cli, evaluate_command, settings
@@ -92,8 +93,15 @@ def understand(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def resolved(line: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """The settings that a recipe's command of a page would run with; a file of settings that it names is made here."""
+    """The settings that a recipe's command of a page would run with; a file of settings that it names is made here, and
+    so are the images that `own` looks at."""
     words = words_of(line)
+    if "own" in words:
+        for number in range(4):
+            folder = Path(words[words.index("--data.source") + 1]) / f"class {number}"
+            folder.mkdir(parents=True)
+            for image in range(60):
+                Image.new("RGB", (8, 8)).save(folder / f"{image}.png")
     if "--config" in words:
         Path(words[words.index("--config") + 1]).write_text("ipc: 10\n")
     words = [word for word in words if word not in ("--dry-run", "--print-config")]

@@ -23,7 +23,7 @@ import yaml
 from conftest import TOY_COLOURS, Finished, draw_toy_colours, without_units, write_toy_npz
 from PIL import Image
 
-from stillroom import cli, engines, teachers
+from stillroom import cli, engines, fitting, teachers
 from stillroom.distilled import load_distilled
 from stillroom.labels import PoolConfig
 from stillroom.pipeline import run_recipe
@@ -203,6 +203,63 @@ def test_every_recipe_survives_its_way_through_a_file(name: str, tell: Told, tmp
     code, printed, _ = tell("run", "small", "--config", tmp_path / "mine.yaml", "--print-config")
     assert code == 0
     assert yaml.safe_load(printed) == json.loads(json.dumps(asdict(RECIPES[name])))
+
+
+def chosen_by(tell: Told, *words: object) -> tuple[dict[str, Any], str]:
+    """The settings that `stillroom run own` would run with, and what it says of them."""
+    code, printed, said = tell("run", "own", *words, "--print-config")
+    assert code == 0, said
+    return yaml.safe_load(printed), said
+
+
+def test_own_is_fitted_to_the_images_and_what_words_and_files_say_stays(tell: Told, tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "photos") / "train"
+    shutil.rmtree(root.parent / "test")
+    root = root.rename(tmp_path / "my photos")
+    settings, said = chosen_by(tell, "--data.source", root)
+    assert (settings["data"]["image_size"], settings["data"]["holdout_share"]) == (32, 0.2)
+    assert "for 4 classes of 7 training images" in said
+    assert "--data.holdout-share: there is no test split, so it is the last 20% of each class" in said
+    more, said = chosen_by(tell, "--data.source", root, "--ipc", 4)
+    assert more["ipc"] == 4 > settings["ipc"]
+    assert more["student"]["train"]["epochs"] < settings["student"]["train"]["epochs"]  # as many steps
+    assert "infer at ipc 4" in said
+    (tmp_path / "mine.yaml").write_text("data:\n  image_size: 48\nteachers:\n  networks: [resnet10_thin]\n")
+    filed, said = chosen_by(tell, "--data.source", root, "--config", tmp_path / "mine.yaml", "--ipc", 3)
+    assert (filed["data"]["image_size"], filed["teachers"]["networks"], filed["ipc"]) == (48, ["resnet10_thin"], 3)
+    assert "48 pixels, infer at ipc 3, teachers resnet10_thin (" in said
+    held, said = chosen_by(tell, "--data.source", root, "--data.holdout-per-class", 2)
+    assert (held["data"]["holdout_per_class"], held["data"]["holdout_share"]) == (2, 0)
+    assert "there is no test split" not in said
+
+
+def test_own_takes_its_students_from_a_protocol_where_one_is_named(tell: Told, tmp_path: Path) -> None:
+    settings, _ = chosen_by(tell, "--data.source", image_folder(tmp_path / "photos"), "--protocol", "laptop")
+    assert settings["student"] == json.loads(json.dumps(asdict(protocol_student("laptop", 32))))
+    assert settings["data"]["holdout_share"] == 0
+
+
+def test_own_goes_on_with_what_was_chosen_for_a_run_on_a_machine_of_other_speed(
+    tell: Told, tmp_path: Path, toynet: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = image_folder(tmp_path / "photos"), tmp_path / "run"
+    small = ["--teachers.networks", toynet, "--teachers.least-steps", 150, "--seeds", 0]
+    words = ["own", "--data.source", root, "--out", out, *small, *QUICK_STUDENT, *ON_CPU]
+    monkeypatch.setattr(fitting, "SIDES", (8,))
+    monkeypatch.setattr(fitting, "RECOVERY_PASSES", 40)
+    code, _, said = tell("distill", *words)
+    assert code == 0, said
+    assert "8 pixels, infer at ipc 2" in said
+    monkeypatch.setattr(fitting, "RECOVERY_PASSES", 50_000)
+    code, _, said = tell("run", *words)
+    assert code == 0, said
+    assert f"{out} goes on with what was chosen for it: 8 pixels, infer at ipc 2" in said
+    assert json.loads((out / "results.json").read_text())["settings"]["infer"]["steps"] == 30
+    code, _, said = tell("run", *words, "--engine", "shared")
+    assert (code, "goes on with what was chosen" in said) == (0, True)
+    code, _, said = tell("run", *words, "--ipc", 3)
+    assert code == 1
+    assert "ipc: 2 there, 3 now" in said
 
 
 def test_evaluate_prints_its_settings_too(finished: Finished, tell: Told, toynet: str, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ from stillroom.data import (
     fit_size,
     hub_id,
     load_real,
+    look_at,
 )
 from stillroom.errors import StillroomError
 from stillroom.images import load_images
@@ -416,10 +417,26 @@ def broken(flaw: str, root: Path) -> Path:
         case "empty":
             shutil.rmtree(train)
             shutil.rmtree(root / "test")
-        case "flat classes":
+        case "bare class":
+            (train / "a").rename(root / "a")
+            shutil.rmtree(train)
+            shutil.rmtree(root / "test")
+        case "bare and test" | "bare and other" | "bare and hidden":
             for name in "ab":
                 (train / name).rename(root / name)
             shutil.rmtree(train)
+            if flaw != "bare and test":
+                shutil.rmtree(root / "test")
+            if flaw == "bare and other":
+                (root / "birds" / "owls").mkdir(parents=True)
+                (root / "birds" / "owls" / "0.png").write_bytes(encode(pixels_of(1)[0]))
+            if flaw == "bare and hidden":
+                (root / ".c").mkdir()
+                (root / ".c" / "0.png").write_bytes(encode(pixels_of(1)[0]))
+        case "class called train":
+            for name in "ab":
+                (train / name).rename(root / name)
+            (train / "0.png").write_bytes(encode(pixels_of(1)[0]))
             shutil.rmtree(root / "test")
         case "loose images":
             for path in (train / "a").iterdir():
@@ -477,8 +494,12 @@ def broken(flaw: str, root: Path) -> Path:
 @pytest.mark.parametrize(("flaw", "message"), [
     ("no train", r"no train/ folder.*Expected .*train/<class>/<images>"),
     ("empty", r"no train/ folder.*Expected .*train/<class>/<images>"),
-    ("flat classes", r"look like classes \('a', 'b'\): move them below .*photos/train.*--data\.holdout-per-class N"),
-    ("loose images", r"holds 3 files and no folders.*into .*photos/train/<class>/.*--data\.holdout-per-class N"),
+    ("bare class", r"no train/ folder, but 'a', which look like classes, and at least 2 are needed"),
+    ("bare and test", r"'a', 'b', which look like classes, and test/, a test split or a class: move .*photos/train\."),
+    ("bare and other", r"'a', 'b', which look like classes, and 'birds' without an image directly inside"),
+    ("bare and hidden", r"photos/\.c is hidden by the dot in its name, but holds images"),
+    ("class called train", r"train holds images and no class folders, beside .* \('a', 'b'\): if train is a class too"),
+    ("loose images", r"holds 3 files and no folders.*into .*photos/<class>/.*--data\.holdout-share 0\.2"),
     ("one split", r"photos/train is one split of a dataset; give the folder of all: .*photos\.$"),
     ("one test split", r"photos/test is one split of a dataset; give the folder of all: .*photos\.$"),
     ("wrapped", r"has no train/ folder, but .*photos has one; give that"),
@@ -502,6 +523,56 @@ def broken(flaw: str, root: Path) -> Path:
 def test_a_flawed_folder_gives_one_error_that_names_the_flaw_and_the_fix(tmp_path, flaw, message):
     with pytest.raises(StillroomError, match=message):
         load(broken(flaw, tmp_path / "photos"))
+
+
+def test_class_folders_alone_are_the_training_split_and_files_beside_them_are_ignored(tmp_path):
+    split = write_folder(tmp_path / "split")
+    bare = tmp_path / "my photos"
+    shutil.copytree(split / "train", bare)
+    (bare / "notes.txt").write_text("of summer")
+    (bare / ".cache").mkdir()
+    (bare / "a" / "more").mkdir()
+    (bare / "a" / "more" / "0.png").write_bytes(encode(pixels_of(1)[0]))
+    with pytest.raises(StillroomError, match=r"my photos has no test split.*--data\.holdout-share 0\.2"):
+        load(bare)
+    real = load(bare, holdout_per_class=1)
+    assert real.class_names == load(split).class_names
+    assert (real.train.labels.tolist(), real.test.labels.tolist()) == ([0, 0, 0, 1, 1], [0, 1])
+    first = torch.arange(3)
+    assert torch.equal(real.train.batch(first), load(split).train.batch(first))
+
+
+def test_class_folders_alone_may_have_their_images_in_a_folder_of_that_name(tmp_path):
+    for name in "ab":
+        (tmp_path / name / "images").mkdir(parents=True)
+        (tmp_path / name / "boxes.txt").write_text("0")
+        for number in range(2):
+            (tmp_path / name / "images" / f"{number}.png").write_bytes(encode(pixels_of(1)[0]))
+    assert load(tmp_path, holdout_per_class=1).test.labels.tolist() == [0, 1]
+
+
+def test_a_share_of_each_class_is_held_out_and_one_of_a_pair_but_never_a_last_image(tmp_path):
+    for name, count in (("many", 10), ("three", 3), ("two", 2), ("one", 1)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            (tmp_path / name / f"{number}.png").write_bytes(encode(pixels_of(1)[0]))
+    real = load(tmp_path, holdout_share=0.25)
+    assert real.class_names == ("many", "one", "three", "two")
+    assert real.train.labels.bincount().tolist() == [8, 1, 2, 1]
+    assert real.test.labels.bincount(minlength=4).tolist() == [2, 0, 1, 1]
+
+
+def test_a_look_tells_classes_counts_and_sizes_and_whether_there_is_a_test_split(tmp_path):
+    root = write_folder(tmp_path)
+    (root / "train" / "b" / "bad.png").write_bytes(b"no image")
+    (root / "train" / "b" / "wide.png").write_bytes(encode(pixels_of(1, side=9)[0][:5]))
+    look = look_at(DataConfig(str(root), holdout_share=0.5))
+    assert (look.class_names, look.counts, look.has_test) == (("a", "b"), (3, 5), True)
+    assert sorted(look.short_sides) == [5, 6, 6, 6, 6, 6, 6]
+    shutil.rmtree(root / "test")
+    assert not look_at(DataConfig(str(root))).has_test
+    with pytest.raises(StillroomError, match="no existing path"):
+        look_at(DataConfig(str(root / "nowhere")))
 
 
 def test_folders_within_a_class_are_read_and_nothing_beside_a_folder_named_images_is_lost(tmp_path):
@@ -1295,6 +1366,8 @@ class HalfWritten:
     ({"image_size": 0}, r"--data\.image-size is 0"),
     ({"train_per_class": 0}, r"--data\.train-per-class is 0"),
     ({"holdout_per_class": -1}, r"--data\.holdout-per-class is -1"),
+    ({"holdout_share": 1.0}, r"--data\.holdout-share is 1\.0; give a share from 0 to below 1"),
+    ({"holdout_share": 0.1, "holdout_per_class": 2}, r"holdout-share is 0\.1 and --data\.holdout-per-class 2"),
     ({"memory_limit_gib": float("nan")}, r"--data\.memory-limit-gib is nan"),
     ({"image_size": 16}, "digits train.* is 32x32 pixels .*not 16x16"),
 ])  # fmt: skip

@@ -31,7 +31,7 @@ LAYERS = (
     ("methods", "protocols"),
     ("recipes",),
     ("pipeline",),
-    ("grid",),
+    ("grid", "fitting"),
     ("compare", "estimate", "api", "study"),
     (
         "tables",

@@ -344,7 +344,7 @@ def test_a_damaged_configuration_is_refused_and_not_computed_by(tmp_path: Path) 
         whole = path.read_text()
         for old, new in (('"chunk": 3', '"chunk": 2'), ('"plan"', '"plbn"'), ("{", "[{")):
             path.write_text(whole.replace(old, new, 1))
-            with pytest.raises(StillroomError, match="damaged or edited .* restore it, or give another directory"):
+            with pytest.raises(StillroomError, match=r"damaged or edited .* restore it, or give another directory"):
                 run.bind_config({"steps": 5}, plan)
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from stillroom.readers.cifar import CIFAR_PICKLES, read_cifar_pickles
 from stillroom.readers.digits import read_digits
-from stillroom.readers.folders import no_train_folder, read_folder
+from stillroom.readers.folders import has_bare_classes, no_train_folder, read_bare_folders, read_folder
 from stillroom.readers.ilsvrc import find_ilsvrc, read_ilsvrc
 from stillroom.readers.listing import LEFT_BEHIND, TEST_SPLITS
 from stillroom.readers.npz import npz_array, npz_headers, read_npz
@@ -36,6 +36,7 @@ __all__ = [
     "no_train_folder",
     "npz_array",
     "npz_headers",
+    "read_bare_folders",
     "read_cifar_pickles",
     "read_column",
     "read_digits",
@@ -47,7 +48,7 @@ __all__ = [
     "read_tiny_imagenet",
 ]
 
-SourceLayout = Literal["tiny-imagenet", "ilsvrc", "class folders", "parquet", "shards"]
+SourceLayout = Literal["tiny-imagenet", "ilsvrc", "class folders", "bare class folders", "parquet", "shards"]
 
 
 def find_layout(root: Path) -> SourceLayout | None:
@@ -62,4 +63,6 @@ def find_layout(root: Path) -> SourceLayout | None:
         return "parquet"
     if has_shards(root):
         return "shards"
-    return "class folders" if has_train else None
+    if has_train:
+        return "class folders"
+    return "bare class folders" if has_bare_classes(root) else None

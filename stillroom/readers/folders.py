@@ -1,4 +1,4 @@
-"""Image folders: `train/<class>/*` and `test/<class>/*`."""
+"""Image folders: `train/<class>/*` and `test/<class>/*`, or `<class>/*` alone."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def _files_below(folder: Path) -> list[str]:
 
 
 def read_class_folders(root: Path, split: str, classes: Sequence[str]) -> Split:
+    """The class folders in the folder `split` of `root`, "." for those of `root` itself."""
     paths: list[str] = []
     labels: list[int] = []
     empty: list[str] = []
@@ -51,7 +52,8 @@ def read_class_folders(root: Path, split: str, classes: Sequence[str]) -> Split:
             raise StillroomError(f"{root / split} has no folder for the class '{name}'; add {folder} with its images.")
         # Tiny-ImageNet has boxes.txt beside images/; with anything else there, images/ is a folder like any other.
         beside = [e for e in visible(folder) if e.name != "images" and not e.name.endswith(".txt")]
-        prefix = f"{split}/{name}/images" if (folder / "images").is_dir() and not beside else f"{split}/{name}"
+        own = (Path(split) / name).as_posix()
+        prefix = f"{own}/images" if (folder / "images").is_dir() and not beside else own
         files = _files_below(root / prefix)
         if not files:
             empty.append(name)
@@ -80,11 +82,18 @@ def no_train_folder(root: Path) -> StillroomError:
             f"--data.source {root} has no train/ folder; rename {root / spelt} to train, and the folder of the test "
             "split to test or val."
         )
-    classes = [name for name in folders if any(e.is_file() for e in visible(root / name))]
+    classes = [name for name in folders if _holds_images(root / name)]
     if classes:
+        splits = [name for name in folders if name.lower() in TEST_SPLITS]
+        others = [name for name in folders if name not in classes]
+        if splits:
+            flaw = f"and {splits[0]}/, a test split or a class: move the classes below {root / 'train'}"
+        elif others:
+            flaw = f"and {quoted(others)} without an image directly inside: move these away, or images up into them"
+        else:
+            flaw = "and at least 2 are needed: give the folder that holds one folder for each class"
         return StillroomError(
-            f"--data.source {root} has no train/ folder, but folders that look like classes ({quoted(classes)}): move "
-            f"them below {root / 'train'}, and hold test images out with --data.holdout-per-class N."
+            f"--data.source {root} has no train/ folder, but {quoted(classes)}, which look like classes, {flaw}."
         )
     tars = [e.name for e in entries if e.name.endswith(".tar")]
     if tars:
@@ -95,24 +104,54 @@ def no_train_folder(root: Path) -> StillroomError:
     if entries and not folders:
         return StillroomError(
             f"--data.source {root} holds {len(entries)} files and no folders, whose names would be the classes: sort "
-            f"the images into {root / 'train'}/<class>/, and hold test images out with --data.holdout-per-class N."
+            f"the images into {root}/<class>/, and hold test images out with --data.holdout-share 0.2."
         )
     return StillroomError(
         f"{root} has no train/ folder and no parquet files or shards. Expected {root}/train/<class>/<images> and "
-        f"{root}/test/<class>/<images> (or val, valid, validation), or parquet or tar files with 'train' and 'test' "
-        "in their names."
+        f"{root}/test/<class>/<images> (or val, valid, validation), or {root}/<class>/<images>, or parquet or tar "
+        "files with 'train' and 'test' in their names."
     )
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether an image lies in the folder itself, or in its folder `images`."""
+    places = (place for place in (folder, folder / "images") if place.is_dir())
+    return any(Path(e.name).suffix.lower() in IMAGE_SUFFIXES for place in places for e in visible(place))
+
+
+def has_bare_classes(root: Path) -> bool:
+    """Whether the folders of `root` are classes: two or more, each with images of its own, none named as a split is.
+
+    A folder that is one split of a dataset, whose other splits lie beside it, is not meant alone.
+    """
+    folders = [e.name for e in visible(root) if e.is_dir()]
+    named = {"train", "training", *TEST_SPLITS}
+    if len(folders) < 2 or named & {name.lower() for name in folders}:
+        return False
+    here = root.resolve()
+    if here.name in ("train", *TEST_SPLITS) and (here.parent / "train").is_dir():
+        return False
+    return all(_holds_images(root / name) for name in folders)
 
 
 def training_classes(train: Path) -> tuple[str, ...]:
     classes = _class_folders(train)
+    if not classes and train.name == "train" and _holds_images(train):
+        others = [e.name for e in visible(train.parent) if e.is_dir() and e.name not in ("train", *TEST_SPLITS)]
+        if beside := [name for name in others if _holds_images(train.parent / name)]:
+            raise StillroomError(
+                f"{train} holds images and no class folders, beside folders that look like classes ({quoted(beside)}): "
+                f"if train is a class too, move all of them below {train}/, and else sort its images into "
+                f"{train}/<class>/."
+            )
     if not classes:
         raise StillroomError(
             f"{train} holds no class folders, whose names are the classes: sort the images into {train}/<class>/."
         )
     if len(classes) == 1:
         raise StillroomError(
-            f"{train} has 1 class folder, {classes[0]!r}; at least 2 are needed, each of them directly below train/."
+            f"{train} has 1 class folder, {classes[0]!r}; at least 2 are needed, each of them directly below "
+            f"{train.name}/."
         )
     for name in classes:
         try:
@@ -144,3 +183,9 @@ def read_folder(root: Path, test_splits: Sequence[str] = TEST_SPLITS, with_test:
         raise StillroomError(f"{root} needs the same class folders in train/ and {split}/, but has {where}; {fix}.")
     train = read_class_folders(root, "train", classes)
     return Source(train, read_class_folders(root, split, classes) if split is not None else None, classes)
+
+
+def read_bare_folders(root: Path) -> Source:
+    """`<class>/*`: class folders and nothing around them are the training split, and there is no other."""
+    classes = training_classes(root)
+    return Source(read_class_folders(root, ".", classes), None, classes)
