@@ -2,8 +2,8 @@
 
     python benchmarks/imagenet_scale.py --out docs/results/imagenet_scale.json
 
-Images are generated (each class a smooth pattern of its own, in noise; JPEG files as ImageNet's lie) and the teacher is
-an untrained ResNet-18 whose head holds the mean features of each class, which is better than guessing. What runs is
+Images are generated (each class a smooth pattern of its own, in noise; JPEG files as ImageNet's lie) and the teachers
+are untrained networks whose heads hold the mean features of each class, which is better than guessing. What runs is
 `stillroom run infer-imagenet-ipc50` at a small budget with a few steps: teachers measured, compensators, static labels,
 the artifact, a student. Then the dry run of that command, and that of the recipe as it is, with the memory of theirs.
 Exit code 1 where a command fails, or the run takes more than --most-gib.
@@ -30,9 +30,9 @@ from stillroom.compute import ComputeConfig, resolve_plan
 from stillroom.data import DataConfig, load_real
 from stillroom.files import save_tensors
 from stillroom.networks import build_network, penultimate_features
+from stillroom.recipes import RECIPES
 from stillroom.train import apply_normalization
 
-NETWORK = "resnet18"
 LINKED = 51  # training images of a class in the dry run of the whole recipe: names of the same file
 
 
@@ -64,10 +64,10 @@ def link_images(root: Path, linked: Path, count: int) -> None:
 
 
 @torch.no_grad()
-def write_teacher(root: Path) -> Path:
-    """Write the weights of a network that knows each class by the mean of its features, and return where."""
+def write_teacher(root: Path, network: str) -> None:
+    """Write the weights of a network that knows each class by the mean of its features."""
     real = load_real(DataConfig("imagenet", root=str(root), resize="squash", memory_limit_gib=0))
-    model = build_network(NETWORK, real.classes, real.image_size).eval()
+    model = build_network(network, real.classes, real.image_size).eval()
     positions = torch.stack([(real.train.labels == label).nonzero()[0, 0] for label in range(real.classes)])
     for rows in positions[:64].split(16):  # running statistics of BatchNorms
         model.train()(apply_normalization(real.train.batch(rows), real.mean, real.std))
@@ -79,10 +79,10 @@ def write_teacher(root: Path) -> Path:
         ]
     )
     centered = torch.nn.functional.normalize(features - features.mean(0))
-    model.fc.weight.copy_(20 * centered)
-    model.fc.bias.copy_(-20 * centered @ features.mean(0))
-    save_tensors(root / "teacher.safetensors", model.state_dict(), {})
-    return root / "teacher.safetensors"
+    head = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)][-1]
+    head.weight.copy_(20 * centered)
+    head.bias.copy_(-20 * centered @ features.mean(0))
+    save_tensors(root / f"{network}.safetensors", model.state_dict(), {})
 
 
 def run_measured(words: list[str]) -> dict[str, Any]:
@@ -122,22 +122,26 @@ def main() -> int:
     parser.add_argument("--per-class", type=int, default=3, help="training images")
     parser.add_argument("--ipc", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--chunk", type=int, default=32, help="images of a slot that pass at a time")
+    parser.add_argument("--networks", nargs="+", default=RECIPES["infer-imagenet-ipc50"].teachers.networks)
+    parser.add_argument("--chunk", type=int, default=10, help="images of a slot that pass at a time")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--most-gib", type=float, default=4.0)
-    parser.add_argument("--student", default=NETWORK)
+    parser.add_argument("--student", default="resnet18")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     root, linked = arguments.folder / "data", arguments.folder / "linked"
-    if not (root / "teacher.safetensors").exists():
+    if not linked.exists():
         write_images(root, arguments.classes, arguments.per_class, 224)
         link_images(root, linked, LINKED)
-        write_teacher(root)
+    for network in arguments.networks:
+        if not (root / f"{network}.safetensors").exists():
+            write_teacher(root, network)
     compute = ["--compute.threads", str(arguments.threads), "--compute.chunk-images", str(arguments.chunk)]
     recipe = ["run", "infer-imagenet-ipc50", "--data.memory-limit-gib", "0", *compute]
     small = [
         *recipe, "--data.root", str(root), "--ipc", str(arguments.ipc), "--infer.steps", str(arguments.steps),
-        "--teachers.networks", NETWORK, "--teachers.checkpoints", f"{NETWORK}={root / 'teacher.safetensors'}",
+        "--teachers.networks", *arguments.networks,
+        "--teachers.checkpoints", *(f"{network}={root / network}.safetensors" for network in arguments.networks),
         "--labels", "static", "--seeds", "0", "--no-controls", "--student.train.epochs", "1",
         "--student.network", arguments.student, "--out", str(arguments.folder / "run"),
     ]  # fmt: skip
