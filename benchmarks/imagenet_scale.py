@@ -69,8 +69,12 @@ def write_teacher(root: Path, network: str) -> None:
     real = load_real(DataConfig("imagenet", root=str(root), resize="squash", memory_limit_gib=0))
     model = build_network(network, real.classes, real.image_size).eval()
     positions = torch.stack([(real.train.labels == label).nonzero()[0, 0] for label in range(real.classes)])
-    for rows in positions[:64].split(16):  # running statistics of BatchNorms
-        model.train()(apply_normalization(real.train.batch(rows), real.mean, real.std))
+    norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train().momentum = None  # the mean of all batches
+    for rows in positions[:: len(positions) // 64].split(16):
+        model(apply_normalization(real.train.batch(rows), real.mean, real.std))
     model.eval()
     features = torch.cat(
         [

@@ -46,11 +46,12 @@ from stillroom.engines import EngineName, carry_out, check_engine
 from stillroom.errors import StillroomError, TimeLimitReached, UsageError, suggest
 from stillroom.estimate import estimate_comparison, estimate_recipe
 from stillroom.evaluate_command import evaluate_command, notify
+from stillroom.events import read_config as read_config_of_run
 from stillroom.exchange import ImportConfig, import_set
 from stillroom.export import ExportLayout, export_set
 from stillroom.figure_command import figure_command
-from stillroom.files import read_sealed, require_free_folder
-from stillroom.fitting import fit_recipe, open_settings, summarise, with_settings
+from stillroom.files import require_free_folder
+from stillroom.fitting import find_said, fit_recipe, open_settings, summarise
 from stillroom.grid import Comparison, Grid, comparison_of
 from stillroom.pipeline import (
     make_recipe_set,
@@ -429,10 +430,10 @@ def parse_recipe(name: str, words: list[str], kind: type[Command]) -> Command | 
     check_engine(command)
     if command.recipe != recipe:
         raise UsageError(f"name the recipe first: stillroom {name} {command.recipe} ...")
-    if recipe == "own":
-        command = _fit_command(command, name, words)
     if isinstance(command.settings, Comparison):
         _check_said_once(command.settings, preset)
+    if recipe == "own":
+        command = _fit_command(command, name, words)
     if command.print_config:
         print(to_yaml(command.settings))
         return None
@@ -459,30 +460,30 @@ def _fit_command(command: Command, name: str, words: list[str]) -> Command:
     A run that is there already goes on with what was chosen for it, on whatever machine and by however many workers.
     """
 
-    def said_over(settings: Recipe) -> tuple[Command, dict[str, Any]]:
-        """The command over these settings, and what of the open ones its words and files change."""
-        new = parse_words(type(command), name, words, type(command)(command.recipe, read_config(words, settings)))
-        mine, theirs = open_settings(new.settings), open_settings(settings)
-        return new, {path: value for path, value in mine.items() if value != theirs[path]}
+    def over(settings: Recipe) -> Command:
+        """The command, its words and files laid over these settings."""
+        return parse_words(type(command), name, words, type(command)(command.recipe, read_config(words, settings)))
 
-    config = command.directory / "config.json"
-    stored = read_sealed(config).get("settings", {}) if config.exists() else {}
-    if "ipc" in stored:  # not in a comparison's, whose grid says it
-        known = {k: v for k, v in stored.items() if k in ("data", "teachers", "ipc", "infer", "student")}
-        before = open_settings(read_plain(known, command.settings, str(config), notify))
-        kept, said = said_over(with_settings(command.settings, before))
-        if not said:
-            notify(f"{command.directory} goes on with what was chosen for it: {summarise(kept.settings)}")
-            return kept
+    fixed = find_said(lambda settings: over(settings).settings, command.settings)
+    chosen = open_settings(command.settings)
+    if command.protocol is not None:
+        fixed |= {path: value for path, value in chosen.items() if path.startswith("student.")}
+    if isinstance(command.settings, Comparison) and command.settings.grid.ipc:
+        fixed["ipc"] = max(command.settings.grid.ipc)
+    stored: dict[str, Any] = {}
+    if (command.directory / "config.json").exists():
+        settings = read_config_of_run(command.directory)["settings"]
+        known = {k: v for k, v in settings.items() if k in ("data", "teachers", "ipc", "infer", "student")}
+        before = open_settings(read_plain(known, command.settings, str(command.directory / "config.json"), notify))
+        # A comparison's grid says the budgets: its ipc follows from the rest.
+        stored = {path: value for path, value in before.items() if path != "ipc" or "ipc" in settings}
     plan, look = resolve_plan(command.settings.compute), look_at(command.settings.data)
-    protocol = {path: value for path, value in open_settings(command.settings).items() if path.startswith("student.")}
-    fixed = {} if command.protocol is None else protocol
-    fitted, _ = fit_recipe(command.settings, look, plan.device, plan.threads, fixed)
-    _, said = said_over(fitted)
-    fitted, reasons = fit_recipe(command.settings, look, plan.device, plan.threads, fixed | said)
+    fitted, reasons = fit_recipe(command.settings, look, plan.device, plan.threads, stored | fixed)
+    if stored:
+        reasons = [f"{command.directory} goes on with what was chosen for it: {summarise(fitted)}"]
     for reason in reasons:
         notify(reason)
-    return said_over(fitted)[0]
+    return over(fitted)
 
 
 def _check_said_once(comparison: Comparison, preset: Recipe) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stillroom import __version__
-from stillroom.compute import ComputeConfig
+from stillroom.compute import ComputeConfig, usable_cores
 from stillroom.errors import StillroomError, TimeLimitReached
 from stillroom.events import Tail, read_config
 from stillroom.files import refuse_links, remove_if_there, write_atomic
@@ -167,8 +167,11 @@ def _connected(address: str | None, workers: int | None) -> Iterator[Any]:
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     if address == "local":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        quiet |= {"num_cpus": max(cores, workers or 1), "include_dashboard": False, "object_store_memory": 100 * 2**20}
+        quiet |= {
+            "num_cpus": max(usable_cores(), workers or 1),
+            "include_dashboard": False,
+            "object_store_memory": 100 * 2**20,
+        }
     else:
         _answer(address)
     try:

@@ -10,7 +10,6 @@ a `RealData`: two splits of square uint8 colour images with labels 0 ... C-1.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -34,13 +33,14 @@ from stillroom.images import (
     MemoryImages,
     Resize,
     Triple,
-    common_side,
     content_of,
     first_size,
-    identify_files,
+    identify,
     is_long_to_hash,
     load_images,
     mean_and_std,
+    read_sizes,
+    sample_rows,
 )
 from stillroom.manifest import NOT_STATED, RealFacts
 from stillroom.readers import ArrayImages, Source
@@ -217,7 +217,8 @@ class RealData:
 
         if not any(is_long_to_hash(split, self.image_size) for split in splits):
             return hash_all()["fingerprint"]
-        return remembered(itertools.chain(about, *map(identify_files, splits)), hash_all)["fingerprint"]
+        files = (identify(split, self.image_size, self.resize) for split in splits)
+        return remembered(itertools.chain(about, *files), hash_all)["fingerprint"]
 
 
 def describe_real(real: RealData) -> RealFacts:
@@ -259,17 +260,17 @@ def fit_size(config: DataConfig, side: int) -> DataConfig:
         return fitted
     try:
         train = _open(config)[2].train
+        sizes = set(read_sizes(train.images, sample_rows(len(train.labels))))
     except OSError as error:
         raise StillroomError(f"--data.source {config.source} cannot be read: {error}.") from error
-    count = len(train.labels)
-    own = common_side(train.images, np.arange(0, count, max(1, count // 100)))
-    return fitted if own in (None, side) else replace(fitted, resize="crop")
+    width, height = sizes.pop() if len(sizes) == 1 else (0, -1)
+    return replace(fitted, resize="crop") if width == height != side else fitted
 
 
 @dataclass(frozen=True)
 class Look:
     """What a first look at a dataset tells, before any image is decoded: its classes, how many training images each
-    has, the short sides of some hundred of them in pixels, evenly spread, and whether there is a test split."""
+    has, the short sides of some hundred of them in pixels, and whether there is a test split that is read."""
 
     class_names: tuple[str, ...]
     counts: tuple[int, ...]
@@ -281,15 +282,11 @@ def look_at(config: DataConfig) -> Look:
     """Look at the dataset that `config` names, before anything is held out; raises StillroomError as `load_real` does
     for a source that is missing, unknown or ambiguous, and where no training image can be read."""
     try:
-        name, facts, source = _open(replace(config, holdout_per_class=0, holdout_share=0.0))
+        name, facts, source = _open(config)
         labels = source.train.labels
         classes = _count_classes(source, facts.classes if facts and config.source in FACTS else None, name)
-        rows = np.arange(0, len(labels), max(1, len(labels) // 100))
-        sides = []
-        for row in rows:
-            with contextlib.suppress(StillroomError):  # of one that cannot be read, which loading counts and names
-                height, width, _ = first_size(source.train.images, np.array([row]))
-                sides.append(min(height, width))
+        rows = sample_rows(len(labels))
+        sides = [min(size) for size in read_sizes(source.train.images, rows)]
         if not sides:
             first_size(source.train.images, rows)  # which says why
     except OSError as error:

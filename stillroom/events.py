@@ -97,7 +97,6 @@ class Tail:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.events: list[dict[str, Any]] = []
         self._read: dict[Path, int] = {}
 
     def look(self) -> list[dict[str, Any]]:
@@ -110,7 +109,6 @@ class Tail:
             self._read[file] = self._read.get(file, 0) + len(lines + end)
             new += parse_events(lines)
         new.sort(key=lambda event: event["time"])
-        self.events += new
         return new
 
 

@@ -9,7 +9,7 @@ Nothing is timed, so the same images on the same machine get the same settings. 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -30,6 +30,14 @@ OPEN = (
     "data.image_size", "data.holdout_share", "teachers.networks", "teachers.epochs", "ipc", "infer.steps",
     "student.network", "student.train.epochs", "student.dynamic_epochs",
 )  # fmt: skip
+
+# Values that nobody gives, by which what was said is told from what was not. A share beside --data.holdout-per-class
+# would be refused, so that its default stands for "not said".
+OTHERS = {
+    path: ("no network",) if path == "teachers.networks" else "no network" if path == "student.network" else 4093
+    for path in OPEN
+    if path != "data.holdout_share"
+}
 
 SIDES = (224, 128, 96, 64, 32)
 BUDGETS = (50, 20, 10, 5, 3, 2, 1)  # images per class
@@ -70,7 +78,14 @@ def fit_recipe(
     said, kind = said or {}, device.split(":")[0]
     share = _holdout_share(recipe, look)
     fitted = with_settings(recipe, {"data.holdout_share": share} | dict(said))
+    if said.get("data.image_size", 0) is None:
+        raise StillroomError("data.image_size is None; give a number of pixels, or leave it out to have it chosen")
     counts = _training_counts(fitted, look)
+    if not counts.min():
+        raise StillroomError(
+            f"class {look.class_names[int(counts.argmin())]!r} has no training image left once some are held out; "
+            "hold fewer out, or add images to it"
+        )
     short = int(np.quantile(look.short_sides, 0.1))
     sides = [side for side in SIDES if side <= max(short, SIDES[-1])]
     if "data.image_size" in said:
@@ -102,6 +117,17 @@ def with_settings(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 def open_settings(recipe: Recipe) -> dict[str, Any]:
     """Return what `recipe` has for the settings in OPEN, by their paths."""
     return {path: functools.reduce(getattr, path.split("."), recipe) for path in OPEN}
+
+
+def find_said(parse: Callable[[Recipe], Recipe], recipe: Recipe) -> dict[str, Any]:
+    """Return which settings in OPEN `parse` gives whatever it begins from: those that words and files say.
+
+    parse: settings -> the settings with what was said laid over them.
+    """
+    once, again = (open_settings(parse(with_settings(recipe, values))) for values in ({}, OTHERS))
+    return {path: value for path, value in once.items() if value == again[path] and path in OTHERS} | {
+        path: value for path, value in once.items() if path not in OTHERS and value != open_settings(recipe)[path]
+    }
 
 
 def summarise(recipe: Recipe) -> str:

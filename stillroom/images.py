@@ -30,17 +30,19 @@ from torch import Tensor
 
 from stillroom.compute import map_in_threads
 from stillroom.errors import StillroomError
-from stillroom.files import remembered
+from stillroom.files import remembered, sha256_bytes
 from stillroom.readers import ArrayImages, Span, Split, Stored
 
 Resize = Literal["refuse", "squash", "crop"]
 Triple = tuple[float, float, float]
 
 BLOCK_BYTES = 2**26  # of pixels that are looked at at a time, where all are
+READ_SCHEME = 1  # changes whenever the same files give other pixels, so that no look at them is remembered
 HASHED_BYTES = 2**32  # of a split's pixels, above which files are told apart by names and sizes
 DECODED_BYTES = 2**30  # of images that threads decode at a time, counted PIXEL_BYTES each
 PIXEL_BYTES = 8  # of a decoded pixel and its colours
 STRIP_PIXELS = 2**20  # whose colours are found at a time
+SAMPLED = 96  # images whose headers tell of all others', before work begins
 HEADERS_READ = 20_000  # of a lazy split, spread evenly, before work begins: seconds where files are near
 # EPS is left out on purpose: Pillow hands it to an external program.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -209,15 +211,17 @@ def is_long_to_hash(images: MemoryImages | LazyImages, size: int) -> bool:
     return isinstance(images, LazyImages) and len(images) * 3 * size * size <= HASHED_BYTES
 
 
-def identify_files(images: MemoryImages | LazyImages) -> Iterator[str]:
-    """Text that changes wherever files that are decoded batch by batch may give other pixels."""
+def identify(images: MemoryImages | LazyImages, size: int, resize: Resize) -> Iterator[str]:
+    """Text that changes wherever the images may: of those that are decoded batch by batch what is known of files."""
     if isinstance(images, LazyImages):
-        yield from _identify(images.stored, images.rows, images.size, images.resize)
+        yield from _identify(images.stored, images.rows, size, resize)
+    else:
+        yield sha256_bytes(content_of(images, size, resize))
 
 
 def _identify(stored: Stored, rows: np.ndarray, size: int, resize: Resize, *settings: bool) -> Iterator[str]:
     first = [stored.name(int(row)) for row in rows[:1]]  # which says where they lie
-    yield json.dumps([PIL.__version__, size, resize, *settings, *first])
+    yield json.dumps([READ_SCHEME, PIL.__version__, size, resize, *settings, *first])
     yield from stored.identity(rows)
     yield from map(str, stored.times(rows))
 
@@ -331,24 +335,20 @@ def first_size(stored: Stored, rows: np.ndarray) -> tuple[int, int, int]:
     raise StillroomError(f"None of the {len(rows)} training images can be read; the last failure: {failure}")
 
 
-def common_side(stored: Stored, rows: np.ndarray) -> int | None:
-    """Side in pixels of the images at `rows` where all are squares of one size, by their headers, else None.
+def sample_rows(count: int) -> np.ndarray:
+    """A hundred or so of `count` positions, in eight blocks that are spread evenly: parquet reads a group for each."""
+    starts = np.linspace(0, max(0, count - SAMPLED // 8), 8).astype(np.int64)
+    return np.unique(np.minimum(starts[:, None] + np.arange(SAMPLED // 8), count - 1))
 
-    Images that cannot be read say nothing here.
-    """
-    sizes: set[tuple[int, int]] = set()
+
+def read_sizes(stored: Stored, rows: np.ndarray) -> list[tuple[int, int]]:
+    """Width and height of the images at `rows`, by their headers; without those that cannot be read."""
+    sizes = []
     with _quiet:
-        for row in rows:
-            try:
-                with _open_image(stored.fetch(np.array([row]))[0]) as image:
-                    sizes.add(image.size)
-            except StillroomError:
-                raise
-            except Exception:  # see _decode, which counts and names it
-                continue
-            if len(sizes) > 1 or image.width != image.height:
-                return None
-    return sizes.pop()[0] if sizes else None
+        for item in stored.fetch(rows):
+            with contextlib.suppress(Exception), _open_image(item) as image:  # see _decode, which counts and names them
+                sizes.append(image.size)
+    return sizes
 
 
 def _check_headers(stored: Stored, rows: np.ndarray, size: int, resize: Resize) -> list[str]:

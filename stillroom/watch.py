@@ -62,25 +62,27 @@ def watch_command(words: list[str]) -> int:
     if not 0.1 <= command.every <= 3600:
         raise UsageError(f"--every is {command.every:g}; give seconds from 0.1 to 3600")
     tail = Tail(command.directory)
-    tail.look()
-    progress = read_progress(command.directory, tail.events)
+    events = tail.look()
+    progress = read_progress(command.directory, events)
     if command.once or not sys.stdout.isatty():
         print(draw_text(progress), flush=True)
-        return OK if command.once else _follow(command, tail)
+        return OK if command.once else _follow(command, tail, events)
     with Live(draw(progress), auto_refresh=False) as live:
         while progress.running:
             time.sleep(command.every)
-            tail.look()
-            progress = read_progress(command.directory, tail.events)
+            events += tail.look()
+            progress = read_progress(command.directory, events)
             live.update(draw(progress), refresh=True)
     return OK
 
 
-def _follow(command: WatchCommand, tail: Tail) -> int:
-    """Print a line per event that is worth one, until the run ends."""
+def _follow(command: WatchCommand, tail: Tail, events: list[dict[str, Any]]) -> int:
+    """Print a line per event that is worth one after `events`, until the run ends."""
     while True:
-        progress = read_progress(command.directory, tail.events)
-        for event in tail.look():  # after the look at the process: what it wrote last is not missed
+        progress = read_progress(command.directory, events)
+        new = tail.look()  # after the look at the process: what it wrote last is not missed
+        events += new
+        for event in new:
             if said := spell_event(event):
                 print(said, flush=True)
         if not progress.running:

@@ -498,7 +498,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, finished: Finished, compared:
         Study([tmp_path], StudyConfig(), Run())
     with pytest.raises(StillroomError, match="runs is empty"):
         Study([], StudyConfig(), Run())
-    (tmp_path / "config.json").write_text(json.dumps({"settings": {}}))
+    (tmp_path / "config.json").write_text(json.dumps({"settings": {}, "plan": {}}))
     with pytest.raises(StillroomError, match="no distilled set yet"):
         Study([tmp_path], StudyConfig(), Run())
     for settings, said in (({"seeds": ()}, "seeds is"), ({"seeds": (1, 1)}, "seeds is"), ({"steps": 0}, "steps is 0")):
@@ -511,6 +511,6 @@ def test_runs_of_different_data_are_refused(finished: Finished, tmp_path: Path) 
     config = tmp_path / "other" / "config.json"
     stored = json.loads(config.read_text())
     stored["settings"]["data_fingerprint"] = "f"
-    config.write_text(json.dumps({"settings": stored["settings"]}))
+    config.write_text(json.dumps({"settings": stored["settings"], "plan": {}}))
     with pytest.raises(StillroomError, match="runs of different data"):
         Study([finished.directory, tmp_path / "other"], StudyConfig(), Run())

@@ -233,6 +233,46 @@ def test_own_is_fitted_to_the_images_and_what_words_and_files_say_stays(tell: To
     assert "there is no test split" not in said
 
 
+def test_own_keeps_what_is_said_also_where_it_would_have_chosen_the_same(tell: Told, tmp_path: Path) -> None:
+    root, networks = image_folder(tmp_path / "photos"), list(fitting.THIN)
+    # Of two images per class two teachers' compensators would leave one: unless they are said, there is one teacher.
+    alone, _ = chosen_by(tell, "--data.source", root, "--ipc", 2)
+    assert len(alone["teachers"]["networks"]) == 1
+    said, _ = chosen_by(tell, "--data.source", root, "--ipc", 2, "--teachers.networks", *networks)
+    assert said["teachers"]["networks"] == networks
+    assert said["student"]["train"]["epochs"] < alone["student"]["train"]["epochs"]  # of more views
+
+
+def test_own_refuses_what_leaves_nothing_to_choose_by(tell: Told, tmp_path: Path) -> None:
+    words = ["run", "own", "--data.source", image_folder(tmp_path / "photos"), "--print-config"]
+    code, _, err = tell(*words, "--data.holdout-per-class", 1000)
+    assert code == 1
+    assert "has no training image left once some are held out; hold fewer out" in err
+    code, _, err = tell(*words, "--data.image-size", "None")
+    assert code == 1
+    assert "data.image_size is None; give a number of pixels, or leave it out" in err
+
+
+def test_a_comparison_of_own_images_takes_its_budgets_from_the_grid_and_goes_on_on_another_machine(
+    tell: Told, tmp_path: Path, toynet: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = image_folder(tmp_path / "photos"), tmp_path / "run"
+    monkeypatch.setattr(fitting, "SIDES", (8,))
+    words = ["compare", "own", "--data.source", root, "--out", out, "--grid.methods", "random", "--grid.ipc", 1, 2]
+    words += ["--labels", "hard", "--seeds", 0, "--teachers.networks", toynet, *QUICK_STUDENT, *ON_CPU]
+    code, _, said = tell(*words)
+    assert code == 0, said
+    assert "infer at ipc 2" in said
+    monkeypatch.setattr(fitting, "SIDES", (16,))
+    code, _, said = tell(*words)
+    assert code == 0, said
+    assert f"{out} goes on with what was chosen for it: 8 pixels" in said
+    (out / "config.json").write_text("{")
+    code, _, err = tell(*words)
+    assert code == 1
+    assert "so nothing says of which settings the units of this run are; restore it" in err
+
+
 def test_own_takes_its_students_from_a_protocol_where_one_is_named(tell: Told, tmp_path: Path) -> None:
     settings, _ = chosen_by(tell, "--data.source", image_folder(tmp_path / "photos"), "--protocol", "laptop")
     assert settings["student"] == json.loads(json.dumps(asdict(protocol_student("laptop", 32))))

@@ -47,7 +47,7 @@ from stillroom.data import (
     look_at,
 )
 from stillroom.errors import StillroomError
-from stillroom.images import load_images
+from stillroom.images import load_images, sample_rows
 from stillroom.readers import Split
 from stillroom.readers import parquet as parquet_module
 from stillroom.readers.stored import FileImages
@@ -566,7 +566,7 @@ def test_a_look_tells_classes_counts_and_sizes_and_whether_there_is_a_test_split
     root = write_folder(tmp_path)
     (root / "train" / "b" / "bad.png").write_bytes(b"no image")
     (root / "train" / "b" / "wide.png").write_bytes(encode(pixels_of(1, side=9)[0][:5]))
-    look = look_at(DataConfig(str(root), holdout_share=0.5))
+    look = look_at(DataConfig(str(root)))
     assert (look.class_names, look.counts, look.has_test) == (("a", "b"), (3, 5), True)
     assert sorted(look.short_sides) == [5, 6, 6, 6, 6, 6, 6]
     shutil.rmtree(root / "test")
@@ -800,6 +800,15 @@ def test_parquet_whose_labels_are_numbers_in_one_file_and_text_in_another_is_ref
         write_parquet(tmp_path / f"{name}.parquet", pixels_of(2), labels)
     with pytest.raises(StillroomError, match=rf"{places[1]}.parquet and .* text in 'label' in the one and numbers in"):
         load(tmp_path, holdout_per_class=0 if "test" in places else 1)
+
+
+def test_names_in_a_dictionary_that_no_row_has_are_no_classes(tmp_path):
+    labels = pa.DictionaryArray.from_arrays(pa.array([1, 2, 2], pa.int8()), pa.array(["unused", "cat", "dog"]))
+    for split in ("train", "test"):
+        write_parquet(tmp_path / f"{split}.parquet", pixels_of(3), labels)
+    real = load(tmp_path)
+    assert real.class_names == ("cat", "dog")
+    assert real.train.labels.tolist() == [0, 1, 1]
 
 
 def test_text_labels_are_numbered_by_their_sorted_names_over_files_and_row_groups(tmp_path):
@@ -1271,6 +1280,46 @@ def test_what_a_look_at_all_lazy_images_gave_is_remembered_until_a_file_changes(
     assert all(one != other for one, other in zip(look(), known, strict=True))
 
 
+def test_a_fingerprint_is_that_of_both_splits_also_where_only_one_is_held_in_memory(tmp_path):
+    write_uncompressed(tmp_path / "data", "folder", pixels_of(1)[0])
+    for number in range(6, 20):
+        (tmp_path / "data" / "train" / "a" / f"{number}.png").write_bytes(encode(pixels_of(1, number)[0]))
+    between = 10 * 3 * SIDE * SIDE / 2**30
+    assert [type(getattr(load(tmp_path / "data", memory_limit_gib=between), split)) for split in ("train", "test")] == [
+        LazyImages, MemoryImages,
+    ]  # fmt: skip
+    for seed in (0, 1):
+        (tmp_path / "data" / "test" / "a" / "0.png").write_bytes(encode(pixels_of(1, seed)[0], compress_level=0))
+        mixed, held = (load(tmp_path / "data", memory_limit_gib=limit).fingerprint for limit in (between, 4.0))
+        assert mixed == held
+
+
+def test_nothing_is_remembered_of_another_way_to_read_pixels(tmp_path, monkeypatch):
+    root = write_folder(tmp_path)
+    before = load(root, memory_limit_gib=EVERYTHING_LAZY)
+    known = before.mean, before.fingerprint
+    read = images_module._to_rgb
+    monkeypatch.setattr(images_module, "_to_rgb", lambda image: read(image).point(lambda level: level // 2))
+    monkeypatch.setattr(images_module, "READ_SCHEME", 2)
+    after = load(root, memory_limit_gib=EVERYTHING_LAZY)
+    assert after.mean != known[0]
+    assert after.fingerprint != known[1]
+
+
+def test_sizes_of_many_images_are_learned_from_a_few_row_groups(tmp_path, monkeypatch):
+    source = parquet_pair(tmp_path, np.arange(2000) % 2)
+    groups = read_groups(monkeypatch)
+    assert set(look_at(DataConfig(str(source))).short_sides) == {SIDE}
+    assert sum(groups.values()) <= 8 * 4  # of four rows each: blocks of twelve rows begin anywhere
+
+
+@pytest.mark.parametrize("count", [1, 5, 12, 97, 2000])
+def test_sampled_rows_are_among_all_and_spread_to_both_ends(count):
+    rows = sample_rows(count)
+    assert len(set(rows.tolist())) == len(rows) >= min(count, 50)
+    assert (rows[0], rows[-1]) == (0, count - 1)
+
+
 def test_images_that_were_left_out_are_remembered_and_bad_ones_that_stop_are_looked_at_again(tmp_path):
     root = write_folder(tmp_path / "data")
     (root / "train" / "a" / "0.png").write_bytes(b"no image")
@@ -1311,6 +1360,7 @@ def read_groups(monkeypatch) -> Counter[tuple[Path, int]]:
 def test_shuffled_parquet_is_read_twice_at_most_and_gives_the_same_images(tmp_path, monkeypatch):
     source = parquet_pair(tmp_path, np.arange(11) % 2)
     expected = all_pixels(load(source).train)
+    monkeypatch.setattr(parquet_module, "FREE_BYTES", 0)
     groups = read_groups(monkeypatch)
     real = load(source, memory_limit_gib=EVERYTHING_LAZY)
     generator = torch.Generator().manual_seed(0)
@@ -1325,6 +1375,7 @@ def test_parquet_that_cannot_be_unpacked_is_read_by_its_groups(tmp_path, monkeyp
     source = parquet_pair(tmp_path, np.arange(11) % 2)
     expected = all_pixels(load(source).train)
     groups = read_groups(monkeypatch)
+    monkeypatch.setattr(parquet_module, "FREE_BYTES", 0)
     if trouble == "no room":
         monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
     elif trouble == "no folder":

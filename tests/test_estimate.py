@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from conftest import build_toy_teacher, draw_toy_colours
 from PIL import Image
 
 from stillroom import artifact, costs, estimate, labels
-from stillroom.compute import Plan
+from stillroom.compute import Plan, usable_cores
 from stillroom.costs import Cost, overlap
 from stillroom.data import DataConfig, LazyImages, RealData
 from stillroom.estimate import estimate_recipe
@@ -210,7 +209,7 @@ def test_a_large_set_is_decoded_for_labels_and_in_every_step_of_its_students(
     decode = costs.decode_picture
 
     def slowly(*given: Any) -> torch.Tensor:
-        time.sleep(SLOW * min(os.cpu_count() or 1, 16))  # a thread per processor shares the images
+        time.sleep(SLOW * min(usable_cores(), 16))  # a thread per core shares the images
         return decode(*given)
 
     monkeypatch.setattr(costs, "decode_picture", slowly)
@@ -225,7 +224,7 @@ def test_a_large_set_is_decoded_for_labels_and_in_every_step_of_its_students(
 def test_a_step_and_the_drawing_of_the_next_batch_take_the_longer_or_what_processors_do_for_both(
     plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(costs, "usable_cores", lambda: 2)
     assert overlap(3.0, Cost(1.0, 1.0), plan) == 3.0
     assert overlap(1.0, Cost(3.0, 3.0), plan) == 3.0  # a thread for each, a processor for each
     assert overlap(3.0, Cost(3.0, 6.0), plan) == 4.5  # three threads, two processors

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from stillroom import fitting
 from stillroom.data import DataConfig, Look, RealData, load_real, look_at
@@ -147,6 +149,18 @@ def test_flops_of_a_pass_are_those_of_its_layers() -> None:
     last = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
     assert count_flops("convnet_thin", 20, 32) - before == 2 * last.in_features * 10
     assert 4 < count_flops("convnet_thin", 10, 64) / before < 4.3
+
+
+def test_a_look_reads_no_test_split_that_held_out_images_replace(tmp_path: Path) -> None:
+    for folder in ("train/a", "train/b", "test/other"):
+        (tmp_path / folder).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (40, 50)).save(tmp_path / folder / f"{number}.png")
+    with pytest.raises(StillroomError, match="needs the same class folders"):
+        look_at(DataConfig(str(tmp_path)))
+    for held in ({"holdout_share": 0.25}, {"holdout_per_class": 1}):
+        found = look_at(DataConfig(str(tmp_path), **held))
+        assert found == Look(("a", "b"), (4, 4), (40,) * 8, False)
 
 
 def test_named_data_are_fitted_too() -> None:

@@ -229,7 +229,7 @@ def test_random_images_with_hard_labels_need_no_teacher_and_train_none(
         results = run_recipe(bare, run)
     show_results(results)
     assert "teachers, top-1: none" in capsys.readouterr().out
-    assert [stage.name for stage in estimate_recipe(bare)[0]] == ["images", "students, hard"]
+    assert [stage.name for stage in estimate_recipe(bare)[0]] == ["data", "images", "students, hard"]
     assert load_distilled(tmp_path / "run" / "distilled").manifest.teachers == ()
 
 

@@ -22,6 +22,7 @@ from stillroom.readers.stored import Source, Split, changed_at
 
 # A few bytes of parquet can stand for any number of values: one of a dictionary again and again, or zeros, compressed.
 LARGEST_GROUP = 2**31  # bytes of a column in one row group, as they are in memory
+FREE_BYTES = 2**33  # of a disk that unpacked images leave free
 LARGEST_ROWS = 2**27  # of a file: a hundred times ImageNet's
 
 
@@ -67,7 +68,7 @@ def read_column(file: Any, group: int, column: str, where: Path, most: int | Non
 class _Unpacked:
     """Row groups whose images lie one by one in a nameless file of the cache folder, which ends with the process.
 
-    It takes at most `most` bytes and half of what the disk has free; what does not fit is not kept.
+    It takes at most `most` bytes, and leaves FREE_BYTES of the disk free; what does not fit is not kept.
     """
 
     def __init__(self, most: int) -> None:
@@ -80,26 +81,30 @@ class _Unpacked:
         if self._file is not None:
             self._file.close()
 
-    def put(self, group: int, images: Sequence[bytes | None]) -> None:
-        size = sum(map(len, filter(None, images)))
+    def put(self, group: int, images: Any) -> None:
+        """Keep a group's images, a pyarrow array of bytes, if there is room for them."""
         try:
-            if self._file is None:
-                folder = cache_root()
-                folder.mkdir(parents=True, exist_ok=True)
-                self._most = min(self._most, shutil.disk_usage(folder).free // 2)
-                self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - open as long as this is
-            if self._end + size > self._most:  # a smaller group may fit yet
+            folder = cache_root()
+            if self._end + images.nbytes > self._most or _free_bytes(folder) < images.nbytes + FREE_BYTES:
                 return
+            if self._file is None:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - open as long as this is
             self._file.seek(self._end)
-            if self._file.write(b"".join(filter(None, images))) < size:
-                raise OSError("the disk is full")
-        except OSError:  # or the cache is read-only
+            sizes = [-1 if image is None else self._write(image) for image in (cell.as_py() for cell in images)]
+        except OSError:  # the cache is read-only, or full after all
             self._most = 0
             return
-        sizes = np.array([-1 if image is None else len(image) for image in images], np.int64)
-        firsts = self._end + np.cumsum([0, *np.maximum(sizes, 0)])[:-1]
-        self._places[group] = np.stack([firsts, sizes], axis=1)
-        self._end += size
+        held = np.array(sizes, np.int64)
+        firsts = self._end + np.cumsum([0, *np.maximum(held, 0)])
+        self._places[group] = np.stack([firsts[:-1], held], axis=1)
+        self._end = int(firsts[-1])
+
+    def _write(self, image: bytes) -> int:
+        assert self._file is not None
+        if self._file.write(image) < len(image):
+            raise OSError("the disk is full")
+        return len(image)
 
     def take(self, group: int, rows: np.ndarray) -> list[bytes | None] | None:
         """The images of a group; None where it is not here."""
@@ -110,6 +115,12 @@ class _Unpacked:
             self._file.seek(first)
             images.append(None if size < 0 else self._file.read(size))
         return images
+
+
+def _free_bytes(folder: Path) -> int:
+    """Bytes that are free on the disk of `folder`, or of the nearest folder above it that is there."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +168,7 @@ class ParquetImages:
             self._last.clear()
             self._last[group] = cells
             if group in self._read:
-                self._unpacked.put(group, cells.to_pylist())
+                self._unpacked.put(group, cells)
             self._read.add(group)
         return self._last[group]
 
@@ -359,8 +370,10 @@ def _read_labels(file: Any, column: str, path: Path, text: dict[str, int]) -> np
                 found.append(numbers.astype(np.int64))
                 continue
             encoded = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
-            own = [text.setdefault(str(name), len(text)) for name in encoded.dictionary.to_pylist()]
-            found.append(np.array(own, np.int64)[encoded.indices.to_numpy()])
+            codes, places = np.unique(encoded.indices.to_numpy(), return_inverse=True)  # a dictionary may hold more
+            names = encoded.dictionary.take(pa.array(codes)).to_pylist()
+            own = [text.setdefault(str(name), len(text)) for name in names]
+            found.append(np.array(own, np.int64)[places])
     return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
