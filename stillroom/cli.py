@@ -30,7 +30,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -39,10 +39,10 @@ import tyro
 
 from stillroom import __version__, hub, together
 from stillroom.compare import compare
-from stillroom.compute import resolve_plan
+from stillroom.compute import ComputeConfig, resolve_plan
 from stillroom.data import FACTS, DataConfig, look_at
 from stillroom.distilled import find_set, load_distilled, verify_distilled
-from stillroom.engines import EngineName, carry_out, check_engine
+from stillroom.engines import EngineName, carry_out, check_engine, say_finished
 from stillroom.errors import StillroomError, TimeLimitReached, UsageError, suggest
 from stillroom.estimate import estimate_comparison, estimate_recipe
 from stillroom.evaluate_command import evaluate_command, notify
@@ -165,6 +165,7 @@ class DemoCommand:
 
     out: Path = Path("runs/demo")  # run directory
     time_limit: str | None = None  # stop cleanly after this time (90s, 9m, 2h)
+    compute: ComputeConfig = field(default_factory=lambda: find_recipe("digits").compute)
 
 
 @dataclass(frozen=True)
@@ -378,8 +379,9 @@ def clean_command(words: list[str]) -> int:
 def demo_command(words: list[str]) -> int:
     """stillroom demo: digits, end to end."""
     command = parse_words(DemoCommand, "demo", words)
-    with Run(command.out, time_limit=parse_duration(command.time_limit)) as run, run.stop_on_signals():
-        results = run_recipe(find_recipe("digits"), run, "digits")
+    tell = None if sys.stderr.isatty() else say_finished
+    with Run(command.out, time_limit=parse_duration(command.time_limit), sink=tell) as run, run.stop_on_signals():
+        results = run_recipe(replace(find_recipe("digits"), compute=command.compute), run, "digits")
     show_results(results)
     print_where(command.out)
     page = command.out / "report.html"

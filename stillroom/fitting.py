@@ -186,10 +186,10 @@ def _largest_budget(recipe: Recipe, counts: np.ndarray, look: Look) -> int:
     working = [ipc for ipc in BUDGETS if ipc <= rarest and _hold(recipe, classes, ipc) is not None]
     if not working:
         least = min(ipc for ipc in BUDGETS if _hold(recipe, classes, ipc) is not None)
+        left = " after some are held out for testing" if recipe.data.holds_out else ""
         raise StillroomError(
-            f"class {look.class_names[int(counts.argmin())]!r} has {rarest} training images"
-            f"{' after some are held out for testing' if recipe.data.holds_out else ''}, but {recipe.method!r} needs "
-            f"{least} of each class at least; add images to it, or leave it out"
+            f"class {look.class_names[int(counts.argmin())]!r} has {rarest} training image{'s' * (rarest != 1)}{left}, "
+            f"but {recipe.method!r} needs {least} of each class at least; add images to it, or leave it out"
         )
     return next((ipc for ipc in working if _share(recipe, counts, ipc) <= LARGEST_SHARE), working[-1])
 

@@ -308,7 +308,7 @@ def _open_image(item: Path | Span | bytes | np.ndarray | None) -> Image.Image:
     if isinstance(item, np.ndarray):
         return Image.fromarray(item[..., 0] if item.shape[-1] == 1 else item)
     if isinstance(item, Path) and not stat.S_ISREG(item.stat().st_mode):  # a pipe would be waited for
-        raise ValueError("not a file")
+        raise ValueError("neither a file nor a link to one")
     image = Image.open(item if isinstance(item, Path) else io.BytesIO(item), formats=FORMATS)
     if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         image.close()
@@ -455,7 +455,9 @@ def _other_size(stored: Stored, row: int, found: tuple[int, int], size: int) -> 
 
 
 def _reason(stored: Stored, row: int, error: Exception) -> str:
-    what = "not an image of a known format" if isinstance(error, UnidentifiedImageError) else f"{error!r}"
+    what = f"{error}" if type(error) in (ValueError, OSError) else f"{error!r}"
+    if isinstance(error, UnidentifiedImageError):
+        what = "not an image of a known format"
     return f"{stored.name(row)}: {what}"
 
 

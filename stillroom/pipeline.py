@@ -191,9 +191,10 @@ def doubt_budget(recipe: Recipe, real: RealData, last: Literal["set", "students"
     content = method.content(real, len(recipe.teachers.networks), recipe.ipc, recipe.method_config)
     kept = content.images // real.classes
     if content.compensators and kept < 2:
+        fewer = ", or name fewer --teachers.networks" if content.compensators > 1 else ""
         doubts.append(
             f"the budget is small: ipc {recipe.ipc} keeps {kept} image per class beside {content.compensators} "
-            f"compensators, where random images keep {recipe.ipc}; raise --ipc, or name fewer --teachers.networks"
+            f"compensator{'s' * (content.compensators > 1)}, where random images keep {recipe.ipc}; raise --ipc{fewer}"
         )
     pixels, train = 3 * real.image_size**2, recipe.student.train
     labels = [count_label_bytes(k, content.views, real.classes, recipe.pool, train.batch_size) for k in recipe.labels]

@@ -584,6 +584,17 @@ def test_folders_within_a_class_are_read_and_nothing_beside_a_folder_named_image
     assert load(root).train.labels.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
 
 
+def test_class_folders_beside_train_are_refused_where_no_split_lies_there(tmp_path):
+    root = write_folder(tmp_path, splits=("train",), classes="ab")
+    (root / "dogs").mkdir()
+    load(root, holdout_per_class=1)
+    (root / "dogs" / "0.png").write_bytes(encode(pixels_of(1)[0]))
+    with pytest.raises(StillroomError, match="and beside it 'dogs', which hold images too: move"):
+        load(root, holdout_per_class=1)
+    write_folder(tmp_path, splits=("test",), classes="ab")
+    assert load(root).class_names == ("a", "b")  # what lies beside the splits of a dataset is nothing of it
+
+
 def test_class_folders_may_have_any_name_in_utf_8_and_may_be_links(tmp_path):
     names = ["-dash", "100%", "[b]old", "a b", "it's", 'say "x"', "süß", "日本", "🐱 cat", "line\nbreak", "back\\slash"]
     for split in ("train", "test"):
@@ -743,7 +754,7 @@ def test_a_pipe_among_images_is_not_waited_for(tmp_path, through):
     os.mkfifo(image if through == "the pipe itself" else tmp_path / "pipe")
     if through == "a link":
         image.symlink_to(tmp_path / "pipe")
-        with pytest.raises(StillroomError, match=r"a/0\.png: .*not a file"):
+        with pytest.raises(StillroomError, match=r"a/0\.png: neither a file nor a link to one"):
             load(root)
     else:
         assert len(load(root).train) == 5

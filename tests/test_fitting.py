@@ -114,7 +114,7 @@ def test_a_class_too_small_for_any_budget_is_refused_by_name(method: str) -> Non
     if method == "random":
         assert fit(look(3, 100, rarest=1), method="random").ipc == 1
         return
-    with pytest.raises(StillroomError, match=r"class 'class 2' has 1 training images after some are held out.*needs 2"):
+    with pytest.raises(StillroomError, match=r"class 'class 2' has 1 training image after some are held out.*needs 2"):
         fit(look(3, 100, rarest=2))
 
 

@@ -167,6 +167,13 @@ def read_folder(root: Path, test_splits: Sequence[str] = TEST_SPLITS, with_test:
     beside it); hidden names are ignored. The test split is the first of `test_splits` that shares a class with `train`:
     `test` is often unlabelled."""
     classes = training_classes(root / "train")
+    if not any((root / name).is_dir() for name in TEST_SPLITS):
+        others = [e.name for e in visible(root) if e.is_dir() and e.name != "train" and _holds_images(root / e.name)]
+        if others:
+            raise StillroomError(
+                f"--data.source {root} has train/ with class folders, and beside it {quoted(others)}, which hold "
+                f"images too: move them below {root / 'train'} if they are classes, and else away."
+            )
     present = {name: _class_folders(root / name) for name in test_splits if with_test and (root / name).is_dir()}
     split = next((name for name, found in present.items() if set(classes) & set(found)), next(iter(present), None))
     if split is not None and not present[split]:
