@@ -30,7 +30,6 @@ from stillroom.compute import ComputeConfig, resolve_plan
 from stillroom.data import DataConfig, load_real
 from stillroom.files import save_tensors
 from stillroom.networks import build_network, penultimate_features
-from stillroom.recipes import RECIPES
 from stillroom.train import apply_normalization
 
 LINKED = 51  # training images of a class in the dry run of the whole recipe: names of the same file
@@ -126,8 +125,8 @@ def main() -> int:
     parser.add_argument("--per-class", type=int, default=3, help="training images")
     parser.add_argument("--ipc", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--networks", nargs="+", default=RECIPES["infer-imagenet-ipc50"].teachers.networks)
-    parser.add_argument("--chunk", type=int, default=10, help="images of a slot that pass at a time")
+    parser.add_argument("--networks", nargs="+", default=["resnet18"], help="teachers")
+    parser.add_argument("--chunk", type=int, default=32, help="images of a slot that pass at a time")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--most-gib", type=float, default=4.0)
     parser.add_argument("--student", default="resnet18")
