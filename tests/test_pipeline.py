@@ -520,7 +520,7 @@ def test_a_budget_that_may_not_be_worth_it_is_doubted_when_the_run_begins_and_in
     run_recipe(recipe, Run())
     said = capsys.readouterr().err
     for doubt in (
-        "the budget is small: ipc 2 keeps 1 image per class beside 1 compensators, where random images keep 2",
+        "the budget is small: ipc 2 keeps 1 image per class beside 1 compensator, where random images keep 2",
         "the training is short: students with static labels see each class 4 times",
     ):
         assert any(note.startswith(doubt) for note in notes)
