@@ -56,7 +56,9 @@ class Child:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             meanwhile()
             if pid:
-                return Told(os.waitstatus_to_exitcode(status), self.err.read_text(errors="replace"))
+                # Killed at once, it has not come to its file.
+                said = self.err.read_text(errors="replace") if self.err.exists() else ""
+                return Told(os.waitstatus_to_exitcode(status), said)
             if time.monotonic() - begun > (HUNG_SECONDS if kill_after is None else kill_after):
                 os.kill(self.pid, signal.SIGKILL)
                 kill_after = HUNG_SECONDS
