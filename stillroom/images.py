@@ -196,7 +196,7 @@ def load_images(
 def content_of(images: MemoryImages | LazyImages, size: int, resize: Resize) -> Iterator[bytes | memoryview]:
     """What stands for a split's images in a fingerprint, however they are held: their pixels; or, of files that are
     more than HASHED_BYTES as pixels, names and sizes."""
-    if images.stored is not None and images.rows is not None and len(images) * 3 * size * size > HASHED_BYTES:
+    if images.stored is not None and images.rows is not None and _is_told_by_names(images, size):
         yield json.dumps([size, resize]).encode()
         for text in images.stored.identity(images.rows):
             yield f"{text}\n".encode(errors="surrogateescape")  # file names need not be UTF-8
@@ -208,7 +208,11 @@ def content_of(images: MemoryImages | LazyImages, size: int, resize: Resize) -> 
 
 def is_long_to_hash(images: MemoryImages | LazyImages, size: int) -> bool:
     """Whether `content_of` decodes all images."""
-    return isinstance(images, LazyImages) and len(images) * 3 * size * size <= HASHED_BYTES
+    return isinstance(images, LazyImages) and not _is_told_by_names(images, size)
+
+
+def _is_told_by_names(images: MemoryImages | LazyImages, size: int) -> bool:
+    return len(images) * 3 * size * size > HASHED_BYTES
 
 
 def identify(images: MemoryImages | LazyImages, size: int, resize: Resize) -> Iterator[str]:
